@@ -1,0 +1,1 @@
+"""One autograd operation a file: the maths in the header, the torch reference, the Triton path."""
