@@ -1,0 +1,122 @@
+"""What differs between model families: projections, what the head does to its logits, RoPE that looks at the batch.
+
+One table row a family. Everything else (norms, activations, attention) is transformers' own code, which is row-wise
+or handled by fastlora.invariant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fastlora.config import SEVEN
+
+# RoPE kinds of transformers that choose frequencies by the longest position of the batch.
+_BATCH_ROPE = {
+    "dynamic": "dynamic NTK scaling recomputes the frequencies from the longest position of the micro-batch",
+    "longrope": "longrope chooses short or long frequencies by the longest position of the micro-batch",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row: ``model_type`` of the configuration and how this family differs from Llama.
+
+    Attributes:
+        model_type: as in the model's ``config.json``.
+        projections: names of the linear layers of a block; the default targets.
+        softcap_field: configuration field of the soft-cap c of the logits, c * tanh(logits / c), or None.
+        divisor_field: configuration field by which the logits are divided, or None.
+        known_head: ``head_of`` knows this family's head.
+    """
+
+    model_type: str
+    projections: tuple[str, ...] = SEVEN
+    softcap_field: str | None = None
+    divisor_field: str | None = None
+    known_head: bool = True
+
+
+FAMILIES: dict[str, Family] = {
+    row.model_type: row
+    for row in (
+        Family("llama"),
+        Family("mistral"),
+        Family("qwen2"),
+        Family("qwen3"),
+        Family("gemma"),
+        Family("gemma2", softcap_field="final_logit_softcapping"),
+        Family("gemma3_text", softcap_field="final_logit_softcapping"),
+        Family("phi3", projections=("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+        Family("smollm3"),
+        Family("olmo2"),
+        Family("granite", divisor_field="logits_scaling"),
+    )
+}
+
+
+class Head(NamedTuple):
+    """How a model gets from tokens to logits, for a loss that never holds the logits.
+
+    logits = softcap * tanh(z / softcap) with z = logit_scale * hidden weight^T; without a soft-cap, z.
+    """
+
+    decoder: Callable[..., torch.Tensor]
+    weight: torch.Tensor
+    softcap: float | None
+    logit_scale: float
+
+
+class Decoder:
+    """Call a causal model's decoder: ``(input_ids [B, T], position_ids [B, T]) -> last hidden state [B, T, H]``.
+
+    Further keywords go to the decoder; the key-value cache is off unless asked for.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, **keywords: Any
+    ) -> torch.Tensor:
+        keywords.setdefault("use_cache", False)
+        return self.module(input_ids=input_ids, position_ids=position_ids, **keywords).last_hidden_state
+
+
+def family_of(model: nn.Module) -> Family:
+    """The table row of the model; for an unknown ``model_type`` a row with the seven projections and no head."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return FAMILIES.get(model_type) or Family(str(model_type), known_head=False)
+
+
+def head_of(model: nn.Module) -> Head | None:
+    """``(decoder, lm_head weight [V, H], softcap, logit_scale)`` of a causal model of a known family, else None.
+
+    None also where a known family's head has a bias or is no linear layer, or the model is no causal model (a
+    classifier): the caller then takes the model's own logits.
+    """
+    family = family_of(model)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if not family.known_head or not isinstance(head, nn.Linear) or head.bias is not None:
+        return None
+    softcap = getattr(model.config, family.softcap_field) if family.softcap_field else None
+    divisor = getattr(model.config, family.divisor_field) if family.divisor_field else 1.0
+    return Head(Decoder(model.get_decoder()), head.weight, softcap, 1.0 / divisor)
+
+
+def batch_dependent_rope(model: nn.Module) -> str | None:
+    """Why this model's RoPE depends on what else is in the micro-batch, or None when it does not.
+
+    Looks at ``config.rope_parameters`` (one dictionary, or one for each layer type, as Gemma 3 has).
+    """
+    parameters = getattr(getattr(model, "config", None), "rope_parameters", None) or {}
+    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    for kind in kinds:
+        reason = _BATCH_ROPE.get(kind.get("rope_type"))
+        if reason:
+            return f"rope_type {kind['rope_type']!r}: {reason}"
+    return None

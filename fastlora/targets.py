@@ -1,0 +1,203 @@
+"""Which modules a configuration means: PEFT's matching, with an error wherever PEFT would go on silently."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import defaultdict
+from dataclasses import replace
+
+from torch import nn
+
+from fastlora.config import LoraConfig, names_match, pattern_matches
+from fastlora.errors import InputError
+from fastlora.families import family_of
+
+
+def resolve_targets(
+    model: nn.Module, config: LoraConfig, *, lenient: bool = False
+) -> tuple[dict[str, nn.Linear], LoraConfig]:
+    """Find the targets of ``config`` in ``model``; nothing is changed.
+
+    Returns ``{path: module}`` in the model's order, and the configuration with ``None`` and ``"all-linear"`` replaced
+    by names.  ``lenient`` is for files: there PEFT lets a name match nothing or a module match two names, and the
+    tensors of the file say what is right.
+
+    Raises:
+        InputError: see :func:`fastlora.inject`.
+    """
+    paths = {path: module for path, module in model.named_modules(remove_duplicate=False) if path}
+    config = _by_name(model, config, paths)
+    found = [path for path in paths if _is_target(config, path)]
+    if not lenient:
+        _check_each_matches_once(config, paths, found)
+    if not found:
+        raise InputError(_nothing(f"target_modules is {config.target_modules!r}", config.target_modules, paths))
+    heads = _heads(model, paths)
+    owners = _parameter_owners(paths)
+    for path in found:
+        _check_linear(path, paths[path], heads)
+        _check_unshared(path, paths[path], paths, owners)
+    if not lenient:
+        _check_patterns(config, found)
+    return {path: paths[path] for path in found}, config
+
+
+def _by_name(model: nn.Module, config: LoraConfig, paths: dict[str, nn.Module]) -> LoraConfig:
+    if config.target_modules is None:
+        return replace(config, target_modules=sorted(family_of(model).projections))
+    if config.target_modules != "all-linear":
+        return config
+    heads = _heads(model, paths)
+    linear = [path for path, module in paths.items() if isinstance(module, nn.Linear) and path not in heads]
+    if not linear:
+        raise InputError(f"target_modules is 'all-linear', but {type(model).__name__} has no linear layer")
+    endings = sorted({path.rpartition(".")[2] for path in linear})
+    # Endings read better than hundreds of paths; they are used where they mean the very same modules.
+    same = [path for path in paths if names_match(endings, path)] == linear
+    return replace(config, target_modules=endings if same else linear)
+
+
+def _is_target(config: LoraConfig, path: str) -> bool:
+    if config.exclude_modules and names_match(config.exclude_modules, path):
+        return False
+    if not names_match(config.target_modules, path):
+        return False
+    if isinstance(config.target_modules, str) or config.layers_to_transform is None:
+        return True
+    index = _layer_index(config.layers_pattern, path)
+    wanted = config.layers_to_transform
+    return index is not None and (index == wanted if isinstance(wanted, int) else index in wanted)
+
+
+def _layer_index(pattern: list[str] | str | None, path: str) -> int | None:
+    # PEFT's rule: the first numbered segment that follows a name (or one of the named lists) is the layer.
+    if not pattern:
+        match = re.match(r".*?\.[^.]*\.(\d+)\.", path)
+        return int(match[1]) if match else None
+    for name in [pattern] if isinstance(pattern, str) else pattern:
+        match = re.match(rf"(?:^|.*?\.)(?:{name})\.(?P<index>\d+)\.", path)
+        if match:
+            return int(match["index"])
+    return None
+
+
+def _check_each_matches_once(config: LoraConfig, paths: dict[str, nn.Module], found: list[str]) -> None:
+    if isinstance(config.target_modules, str):
+        return
+    for name in config.target_modules:
+        if not any(names_match([name], path) for path in paths):
+            raise InputError(_nothing(f"target_modules: {name!r}", [name], paths))
+        if not any(names_match([name], path) for path in found):
+            raise InputError(
+                f"target_modules: {name!r} matches modules, but exclude_modules={config.exclude_modules!r} and "
+                f"layers_to_transform={config.layers_to_transform!r} leave none of them; allowed is a name that "
+                "keeps one"
+            )
+    for path in found:
+        names = [name for name in config.target_modules if names_match([name], path)]
+        if len(names) > 1:
+            raise InputError(
+                f"target_modules: {path} is matched twice, by {' and '.join(map(repr, names))}; allowed is one name "
+                "a module"
+            )
+
+
+def _check_linear(path: str, module: nn.Module, heads: dict[str, str]) -> None:
+    kind = type(module).__name__
+    if path in heads:
+        raise InputError(f"target_modules: {path} is {heads[path]}; allowed are the linear layers before the head")
+    if isinstance(module, nn.Linear):
+        if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+            raise InputError(
+                f"target_modules: {path} is a {kind} with a forward of its own (quantised, offloaded or wrapped); "
+                "allowed are plain torch.nn.Linear layers"
+            )
+        if nn.utils.parametrize.is_parametrized(module) or _has_hooks(module):
+            raise InputError(
+                f"target_modules: {path} carries hooks or a parametrization that its replacement would drop; allowed "
+                "are plain torch.nn.Linear layers"
+            )
+        if not module.weight.is_floating_point():
+            raise InputError(
+                f"target_modules: {path} has a weight of type {module.weight.dtype}; allowed are floating-point weights"
+            )
+        return
+    inside = [f"{path}.{name}" for name, child in module.named_modules() if name and isinstance(child, nn.Linear)]
+    hint = f"; the linear layers inside it: {', '.join(inside[:8])}" if inside else ""
+    raise InputError(f"target_modules: {path} is a {kind}, allowed are torch.nn.Linear layers{hint}")
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _check_unshared(
+    path: str, module: nn.Module, paths: dict[str, nn.Module], owners: dict[int, list[str]]
+) -> None:
+    twins = [other for other, candidate in paths.items() if candidate is module and other != path]
+    if twins:
+        raise InputError(
+            f"target_modules: {path} is matched twice: the same module stands at {', '.join(twins)} too; allowed are "
+            "modules with one place in the model"
+        )
+    shared = [other for other in owners[id(module.weight)] if other != f"{path}.weight"]
+    if shared:
+        raise InputError(
+            f"target_modules: the weight of {path} is tied to {', '.join(shared)}, which an adapter here would not "
+            "reach (and a merge would change); allowed are layers with a weight of their own"
+        )
+
+
+def _heads(model: nn.Module, paths: dict[str, nn.Module]) -> dict[str, str]:
+    """The output head and the input embeddings by path, each with the reason why it takes no adapter."""
+    getters = {
+        "get_output_embeddings": "the output head (it feeds the fused loss, which takes its weight as it is: LoRA on "
+        "the head is not supported)",
+        "get_input_embeddings": "the token embeddings (a table, no linear layer; often tied to the output head: LoRA on "
+        "embeddings is not supported)",
+    }
+    found: dict[str, str] = {}
+    for getter, reason in getters.items():
+        module = getattr(model, getter)() if hasattr(model, getter) else None
+        if module is not None:
+            found.update({path: reason for path, candidate in paths.items() if candidate is module})
+    if not hasattr(model, "get_output_embeddings"):
+        reason = getters["get_output_embeddings"]
+        found.update({path: reason for path in paths if path.rpartition(".")[2] == "lm_head"})
+    return found
+
+
+def _parameter_owners(paths: dict[str, nn.Module]) -> dict[int, list[str]]:
+    owners = defaultdict(list)
+    for path, module in paths.items():
+        for name, parameter in module.named_parameters(recurse=False):
+            owners[id(parameter)].append(f"{path}.{name}")
+    return owners
+
+
+def _check_patterns(config: LoraConfig, found: list[str]) -> None:
+    for name in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, name):
+            if not any(pattern_matches(key, path) or key == path for path in found):
+                near = _near(key, found)
+                raise InputError(f"{name}: {key!r} matches none of the targets; allowed: {near}")
+
+
+def _nothing(what: str, names: list[str] | str, paths: dict[str, nn.Module]) -> str:
+    linear = [path for path, module in paths.items() if isinstance(module, nn.Linear)]
+    if isinstance(names, str):
+        return f"{what}: matches nothing; it must match a whole path, such as {_near(names, linear)}"
+    return f"{what}: matches nothing; allowed: {_near(names[0], linear)}"
+
+
+def _near(name: str, paths: list[str]) -> str:
+    """Near misses of ``name`` among paths and their endings, or the endings there are."""
+    endings = sorted({path.rpartition(".")[2] for path in paths})
+    close = difflib.get_close_matches(name, endings, n=3, cutoff=0.6)
+    close += difflib.get_close_matches(name, paths, n=3, cutoff=0.6) if "." in name else []
+    if close:
+        return f"{', '.join(close)} (near misses)"
+    return ", ".join(endings[:12]) or "nothing: the model has no linear layer"
