@@ -1,0 +1,102 @@
+"""accuracy: every element of y, dx, dA and dB lies within its rounding bound of the float64 oracle."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from verify import graphs, oracle
+from verify.bounds import Bounded
+from verify.claims.outcome import Budget, Outcome
+from verify.judge import judge
+from verify.oracle.linear import scale_of
+from verify.strategies import DTYPES, LinearCase, ordered
+from verify.subject import EXACT, LinearInputs, LinearResult, Refused, Subject
+
+NAME = "accuracy"
+STATEMENT = (
+    "Every element of y, dx, dA and dB of the LoRA linear, in every mode, lies within the rounding "
+    "bound of its own operation graph around a float64 oracle; the LoRA part is judged alone too."
+)
+
+# Outputs that must come in the working dtype; dA and dB are of the declared dtype of token sums.
+OUTPUTS = ("y", "dx", "da", "db")
+
+
+def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
+    """Try cases in the order of ``seed`` until the budget ends."""
+    out, begun = Outcome(NAME, STATEMENT, subject.name), time.monotonic()
+    part = subject.linear
+    if part is None:
+        out.reason = "the subject has no LoRA linear"
+        return out
+    names = tuple(name for name, dtype in DTYPES.items() if dtype in part.dtypes)
+    alone = refused = 0
+    for case in ordered("linear", names, seed):
+        if not budget.more(out.cases) or (budget.stop_at_failure and out.failures):
+            break
+        out.cases += 1
+        out.tags |= {subject.device, case.dtype, *subject.tags}
+        alone += case.values in ("lora_alone", "grid")
+        refused += sum(_one(subject, case, mode, out) for mode in part.modes)
+    out.note(f"LoRA part alone (W = 0, or integers where the base product is exact): {alone} cases")
+    if refused:
+        out.note(f"documented refusals: {refused}")
+    out.seconds = time.monotonic() - begun
+    return out
+
+
+def _one(subject: Subject, case: LinearCase, mode: str, out: Outcome) -> bool:
+    """Judge one case in one mode; True if it was refused."""
+    inputs, part = case.inputs(subject.device), subject.linear
+    where = f"{subject.name}, {mode}, {case!r}"
+    divisor = float(1 + case.seed % 977) if mode == EXACT else 1.0
+    rules = part.roundings(inputs.x.dtype, mode)
+    try:
+        result = part.run(inputs, mode, divisor)
+    except Refused:
+        return True
+    except Exception as error:  # a crash of the subject is a failure of the claim, told with the case
+        out.fail(f"raised {type(error).__name__}: {error}; {where}")
+        return False
+    bounds = bounds_of(inputs, result, rules, divisor)
+    kinds = {"y": inputs.x.dtype, "dx": inputs.x.dtype, "da": rules.sums, "db": rules.sums}
+    for name in OUTPUTS:
+        got, bound = getattr(result, name), getattr(bounds, name)
+        if got.dtype != kinds[name]:
+            out.fail(f"{name} is {got.dtype}, not {kinds[name]}; {where}")
+        judged = judge(got, bound)
+        out.share(judged.share, f"{judged.sentence(name)}; {where}")
+        if judged.skipped:
+            out.note("elements whose exact value overflows the dtype are not judged")
+    return False
+
+
+def bounds_of(inputs: LinearInputs, result: LinearResult, rules, divisor: float) -> graphs.LinearBounds:
+    """Radii from the graph around values from the oracle (which the graph must agree with)."""
+    keep = None if result.keep is None else result.keep.cpu()
+    tensors = [t if t is None else t.detach().cpu() for t in
+               (inputs.x, inputs.weight, inputs.a, inputs.b, inputs.bias, inputs.dy)]
+    x, weight, a, b, bias, dy = tensors
+    if rules.adapter is not None:
+        a, b = a.to(rules.adapter), b.to(rules.adapter)
+    scale = scale_of(inputs.alpha, inputs.rank, inputs.rslora)
+    radii = graphs.lora_linear(x, weight, a, b, scale, bias, dy, keep, inputs.dropout, rules, divisor)
+    y = oracle.lora_linear_forward(x, weight, a, b, scale, bias, keep=keep, p=inputs.dropout)
+    grads = oracle.lora_linear_backward(dy, x, weight, a, b, scale, keep=keep, p=inputs.dropout)
+    return graphs.LinearBounds(
+        y=_around(y, radii.y),
+        dx=_around(grads.dx, radii.dx),
+        da=_around(grads.da / divisor, radii.da),
+        db=_around(grads.db / divisor, radii.db),
+    )
+
+
+def _around(value: torch.Tensor, bound: Bounded) -> Bounded:
+    """The graph's radius around the oracle's value, widened by how far float64 sums of the two differ.
+
+    That difference is float64 rounding (about 2^-52 of the terms), 2^-29 of an fp32 radius; where the
+    radius is 0 all sums are exact and the two agree.
+    """
+    return Bounded(value, bound.radius + (value - bound.value).abs())

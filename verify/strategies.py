@@ -1,0 +1,254 @@
+"""Cases nobody chose by hand: hypothesis strategies, and the ordered list that a seed fixes."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import hypothesis
+import torch
+from hypothesis import strategies as st
+
+from verify.oracle.adamw import Hyper
+from verify.subject import Cut, LinearInputs, TrainCase
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# One row, edges of tiles and of 16-byte vectors on both sides, primes, and none of these.
+FEATURES = (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 48, 61, 63, 64, 65, 96, 127, 128, 129, 131, 192, 257)
+TOKENS = (0, 1, 2, 3, 5, 15, 16, 17, 31, 64, 65, 127, 128, 129, 130, 191, 255, 256, 257, 300, 383, 385)
+RANKS = (1, 2, 3, 4, 5, 7, 8, 8, 15, 16, 16, 17, 24, 31, 32, 33, 64)
+LARGE_RANKS = (65, 100, 127, 128, 129, 200, 255, 256)
+SCALES = (2.0**-12, 2.0**-4, 1.0, 1.0, 1.0, 2.0**3)
+
+# How the values are made; the last two judge the LoRA part alone.
+VALUES = ("normal", "normal", "heavy", "cancelling", "lora_alone", "grid")
+LAYOUTS = ("plain", "plain", "columns", "transposed", "rows", "expanded")
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """One case of the LoRA linear; its text is a reproduction: ``repr`` back into Python gives it."""
+
+    m: int
+    k: int
+    n: int
+    r: int
+    dtype: str
+    alpha: float
+    rslora: bool
+    bias: bool
+    dropout: float
+    values: str
+    size: float
+    layout: str
+    seed: int
+
+    def inputs(self, device: str = "cpu") -> LinearInputs:
+        """The tensors, drawn on the CPU from the seed, then moved; x and dy keep their strides."""
+        draw = torch.Generator().manual_seed(self.seed)
+        kind, dtype = self.values, DTYPES[self.dtype]
+        x = _values(kind, (self.m, self.k), draw) * (1.0 if kind == "grid" else self.size)
+        weight = _values(kind, (self.n, self.k), draw)
+        a, b = _values(kind, (self.r, self.k), draw), _values(kind, (self.n, self.r), draw)
+        dy, bias = _values(kind, (self.m, self.n), draw), _values(kind, (self.n,), draw)
+        if kind != "grid":
+            weight, a, b = weight / self.k**0.5, a / self.k**0.5, b / self.r**0.5
+        if kind == "lora_alone":
+            weight = torch.zeros_like(weight)
+        if kind == "cancelling" and self.m > 1:
+            # Pairs of tokens whose gradients cancel to within the 16-bit rounding of the second.
+            half = self.m // 2
+            x[half : 2 * half] = x[:half]
+            dy[half : 2 * half] = -dy[:half] * (1 + 2.0**-9)
+        return LinearInputs(
+            x=_laid_out(x.to(dtype).to(device), self.layout),
+            weight=weight.to(dtype).to(device),
+            a=a.float().to(device),
+            b=b.float().to(device),
+            bias=bias.to(dtype).to(device) if self.bias else None,
+            dy=_laid_out(dy.to(dtype).to(device), self.layout),
+            alpha=self.alpha,
+            rslora=self.rslora,
+            dropout=self.dropout,
+            tokens=torch.randint(0, 2**62, (self.m,), generator=draw).to(device),
+            seed=int(torch.randint(0, 2**62, (), generator=draw)),
+        )
+
+
+def _values(kind: str, shape: tuple[int, ...], draw: torch.Generator) -> torch.Tensor:
+    """float64 values: small integers for a grid, Student-t (2.5 degrees) for heavy tails, else normal."""
+    if kind == "grid":
+        return torch.randint(-2, 3, shape, generator=draw).double()
+    normal = torch.randn(shape, generator=draw, dtype=torch.float64)
+    if kind != "heavy":
+        return normal
+    chi = sum(torch.randn(shape, generator=draw, dtype=torch.float64).square() for _ in range(3)) / 3
+    return (normal / chi.sqrt()).clamp(-30, 30)
+
+
+def _laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same values with other strides: a slice of columns or rows, transposed, or stride 0."""
+    rows, columns = tensor.shape
+    if layout == "columns":
+        wide = torch.full((rows, columns + 3), float("nan"), dtype=tensor.dtype, device=tensor.device)
+        wide[:, 1 : columns + 1] = tensor
+        return wide[:, 1 : columns + 1]
+    if layout == "transposed":
+        return tensor.t().contiguous().t()
+    if layout == "rows":
+        tall = torch.full((rows * 2, columns), float("nan"), dtype=tensor.dtype, device=tensor.device)
+        tall[::2] = tensor
+        return tall[::2]
+    if layout == "expanded" and rows:
+        return tensor[:1].expand(rows, columns)
+    return tensor
+
+
+def linear_cases(dtypes: tuple[str, ...]) -> st.SearchStrategy[LinearCase]:
+    """Cases of the LoRA linear for working dtypes by short name ("fp32", "bf16", "fp16").
+
+    Ranks above 64 come with small shapes, so that a case stays below about ten million products.
+    """
+    def build(large, small_rank, large_rank, m, k, n, **rest):
+        if large:
+            return LinearCase(m=min(m, 65), k=min(k, 65), n=min(n, 65), r=large_rank, **rest)
+        return LinearCase(m=m, k=k, n=n, r=small_rank, **rest)
+
+    return st.builds(
+        build,
+        large=st.sampled_from((False,) * 9 + (True,)),
+        small_rank=st.sampled_from(RANKS),
+        large_rank=st.sampled_from(LARGE_RANKS),
+        m=st.sampled_from(TOKENS) | st.integers(1, 390),
+        k=st.sampled_from(FEATURES) | st.integers(1, 260),
+        n=st.sampled_from(FEATURES) | st.integers(1, 260),
+        dtype=st.sampled_from(dtypes),
+        alpha=st.sampled_from((0.5, 1.0, 3.0, 8.0, 16.0, 32.0, 57.0)),
+        rslora=st.booleans(),
+        bias=st.booleans(),
+        dropout=st.sampled_from((0.0, 0.0, 0.0, 0.1, 0.5)),
+        values=st.sampled_from(VALUES),
+        size=st.sampled_from(SCALES),
+        layout=st.sampled_from(LAYOUTS),
+        seed=st.integers(0, 2**31 - 1),
+    )
+
+
+LENGTHS = st.lists(
+    st.sampled_from((1, 2, 15, 16, 17, 31, 33, 127, 128, 129, 140)) | st.integers(1, 150), min_size=3, max_size=7
+)
+
+
+@dataclass(frozen=True)
+class SplitCase:
+    """Documents through one linear; ``cuts`` are tried beside "all in one"."""
+
+    lengths: tuple[int, ...]
+    k: int
+    n: int
+    r: int
+    dtype: str
+    dropout: float
+    seed: int
+
+
+def split_cases(dtypes: tuple[str, ...]) -> st.SearchStrategy[SplitCase]:
+    """Uneven documents for a single linear."""
+    return st.builds(
+        SplitCase,
+        lengths=LENGTHS.map(tuple),
+        k=st.sampled_from((16, 33, 64, 128, 192)),
+        n=st.sampled_from((16, 31, 64, 130)),
+        r=st.sampled_from((1, 4, 8, 16, 17)),
+        dtype=st.sampled_from(dtypes),
+        dropout=st.sampled_from((0.0, 0.1)),
+        seed=st.integers(0, 2**31 - 1),
+    )
+
+
+def train_cases() -> st.SearchStrategy[TrainCase]:
+    """Tiny models with uneven sequences of at least 4 tokens."""
+    length = st.sampled_from((5, 16, 17, 31, 40)) | st.integers(4, 48)
+    return st.builds(
+        TrainCase,
+        lengths=st.lists(length, min_size=5, max_size=6).map(tuple),
+        rank=st.sampled_from((1, 3, 4, 8)),
+        seed=st.integers(0, 2**31 - 1),
+        prompt=st.integers(0, 2),
+    )
+
+
+def cuts_of(count: int, seed: int) -> dict[str, Cut]:
+    """Named cuts of ``count`` sequences: batch size x accumulation x order, uneven ones included."""
+    every = tuple(range(count))
+    mixed = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    third = max(1, count // 3)
+    return {
+        "all": (every,),
+        "one each": tuple((i,) for i in every),
+        "pairs": tuple(every[i : i + 2] for i in range(0, count, 2)),
+        "one each, reversed": tuple((i,) for i in reversed(every)),
+        "uneven, shuffled": (tuple(mixed[:third]), tuple(mixed[third:])),
+        "all, reversed": (every[::-1],),
+    }
+
+
+@dataclass(frozen=True)
+class OptimizerCase:
+    """Steps of AdamW on gradients of a stated size; ``zero_b``: B and all of A's first gradient are 0."""
+
+    hyper: Hyper
+    size: float
+    steps: int
+    zero_b: bool
+    seed: int
+
+
+def optimizer_cases() -> st.SearchStrategy[OptimizerCase]:
+    """Hyper-parameters, gradient sizes and numbers of steps."""
+    hyper = st.builds(
+        Hyper,
+        lr=st.sampled_from((2e-4, 1e-3, 1e-5, 3e-2, 0.0)),
+        betas=st.sampled_from(((0.9, 0.999), (0.9, 0.95), (0.5, 0.9))),
+        eps=st.sampled_from((1e-8, 1e-6)),
+        weight_decay=st.sampled_from((0.0, 0.0, 0.01, 0.1)),
+        max_grad_norm=st.sampled_from((None, None, 1.0, 0.1)),
+    )
+    return st.builds(
+        OptimizerCase,
+        hyper=hyper,
+        size=st.sampled_from((1.0, 1e-3, 1e-6, 30.0)),
+        steps=st.integers(1, 4),
+        zero_b=st.booleans(),
+        seed=st.integers(0, 2**31 - 1),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def ordered(strategy_name: str, names: tuple[str, ...], seed: int, count: int = 400) -> tuple:
+    """The first ``count`` different cases of a strategy, in the order that ``seed`` fixes.
+
+    ``strategy_name`` is "linear", "split", "train" or "optimizer"; ``names`` are dtypes where it needs
+    them. Always drawn whole, so that a budget only cuts the list and never changes it.
+    """
+    makers = {"linear": linear_cases, "split": split_cases}
+    strategy = makers[strategy_name](names) if strategy_name in makers else (
+        train_cases() if strategy_name == "train" else optimizer_cases()
+    )
+    found: dict = {}
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(strategy)
+    def collect(case) -> None:
+        found.setdefault(case)
+
+    collect()
+    return tuple(found)

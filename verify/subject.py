@@ -1,0 +1,205 @@
+"""The protocol by which a kernel, an optimiser or a trainer is put before the claims.
+
+A :class:`Subject` bundles up to three parts; a part that is None leaves its claims `not tried`. A part
+declares where it rounds and whether it claims the same bits under every cut of a batch. An example
+that imports nothing of this project's library is ``verify/plain.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from verify.graphs import Roundings
+from verify.oracle.adamw import Hyper
+
+GRAD, EXACT = "grad", "exact"
+
+
+class Refused(Exception):
+    """A documented refusal (a saturated sum, say): the subject named a limit and stopped; a pass."""
+
+
+class BadSubject(ValueError):
+    """Bad input to the harness itself: one plain line, exit 2."""
+
+
+@dataclass(frozen=True)
+class LinearInputs:
+    """One call of a LoRA linear: x [M, K], weight [N, K], a [r, K], b [N, r], bias [N], dy [M, N].
+
+    x, weight, bias and dy are of the working dtype (any strides), a and b fp32. The subject makes its
+    own scale from alpha, the rank and ``rslora``, as it would from a user's configuration. ``tokens``
+    (int64 [M]) and ``seed`` name the dropout mask; ``lengths`` cuts the M tokens into documents.
+    """
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
+    bias: torch.Tensor | None
+    dy: torch.Tensor
+    alpha: float
+    rslora: bool
+    dropout: float
+    tokens: torch.Tensor
+    seed: int
+
+    @property
+    def rank(self) -> int:
+        """r, the rows of A."""
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """y [M, N], dx [M, K], da [r, K], db [N, r]; ``keep`` bool [M, K]: the dropout mask it used."""
+
+    y: torch.Tensor
+    dx: torch.Tensor
+    da: torch.Tensor
+    db: torch.Tensor
+    keep: torch.Tensor | None = None
+
+
+class LinearPart(Protocol):
+    """A LoRA linear with its backward."""
+
+    modes: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    bitwise_splits: bool
+
+    def roundings(self, dtype: torch.dtype, mode: str) -> Roundings:
+        """Where it rounds for a working dtype in a mode ("grad" or "exact")."""
+
+    def run(self, inputs: LinearInputs, mode: str, divisor: float = 1.0) -> LinearResult:
+        """Forward and backward; da and db divided by ``divisor`` (used with "exact" only).
+
+        Raises:
+            Refused: a documented refusal.
+        """
+
+    def accumulate(self, parts: list[Documents], mode: str) -> SplitResult:
+        """Gradients over micro-batches, each a list of documents, as one optimiser step would see."""
+
+
+@dataclass(frozen=True)
+class Documents:
+    """One micro-batch of a single linear: whole documents, ids naming them whatever the cut.
+
+    ``x`` and ``dy`` are lists of [length, K] and [length, N], one entry a document.
+    """
+
+    ids: tuple[int, ...]
+    x: list[torch.Tensor]
+    dy: list[torch.Tensor]
+    weight: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
+    alpha: float
+    dropout: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class SplitResult:
+    """da, db summed over everything, each document's y and dx by id, and the rows of each forward."""
+
+    da: torch.Tensor
+    db: torch.Tensor
+    rows: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    ran: tuple[int, ...]
+
+
+class OptimizerPart(Protocol):
+    """AdamW over fp32 tensors A and B."""
+
+    clip_epsilon: float
+
+    def run(
+        self, parameters: dict[str, torch.Tensor], gradients: list[dict[str, torch.Tensor]], hyper: Hyper
+    ) -> list[dict[str, torch.Tensor]]:
+        """Parameters after each step, given each step's gradients. Names end in lora_A or lora_B."""
+
+
+@dataclass(frozen=True)
+class TrainCase:
+    """Training of a tiny random causal model: what is fixed while the cut of each batch varies.
+
+    ``lengths``: tokens of every sequence of the global batch, the same for each step (with other
+    tokens). ``prompt``: leading tokens of each that are not supervised.
+    """
+
+    lengths: tuple[int, ...]
+    steps: int = 2
+    rank: int = 3
+    dropout: float = 0.0
+    seed: int = 0
+    prompt: int = 2
+    hidden: int = 48
+    threads: int = 1
+    hyper: Hyper = field(default_factory=lambda: Hyper(lr=2e-2))
+
+
+# A cut: for each micro-batch, in order, the indices of its sequences.
+Cut = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class TrainHooks:
+    """Where the harness plants faults into a training loop; a correct run leaves every field alone.
+
+    ``weigh(loss_sum, supervised)`` sees each micro-batch's loss before its backward; ``tokens`` maps the
+    step's supervised count to what the optimiser is told; ``sample_ids(index, place)`` names a sequence;
+    ``order`` may drop, repeat or regroup the micro-batches; ``seed`` maps the dropout seed at micro-batch i.
+    """
+
+    weigh: Callable[[torch.Tensor, int], torch.Tensor] | None = None
+    tokens: Callable[[int, Cut], float] | None = None
+    order: Callable[[Cut], Cut] | None = None
+    seed: Callable[[int, int], int] | None = None
+    after_backward: Callable[[torch.nn.Module, int], None] | None = None
+    before_step: Callable[[torch.nn.Module], None] | None = None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run left behind; all tensors are copies on the CPU.
+
+    ``ran``: for each step the padded tokens of each forward that really happened. ``gradients``: those of
+    each step as the optimiser saw them. ``frozen``: digest of all frozen weights before and after.
+    """
+
+    before: dict[str, torch.Tensor]
+    after: list[dict[str, torch.Tensor]]
+    gradients: list[dict[str, torch.Tensor]]
+    ran: tuple[tuple[int, ...], ...]
+    frozen: tuple[str, str]
+
+
+class TrainerPart(Protocol):
+    """A training loop over a tiny model. ``supports_hooks`` False: trainer faults cannot be planted."""
+
+    bitwise_splits: bool
+    why_not: str
+    supports_hooks: bool
+
+    def train(
+        self, case: TrainCase, cut: Cut, *, float_sums: bool = False, hooks: TrainHooks | None = None
+    ) -> TrainResult:
+        """Train from the case's seed with every global batch cut as told."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is judged. ``device`` is "cpu" or "cuda"; ``tags`` are further words for ``--require``."""
+
+    name: str
+    device: str
+    linear: LinearPart | None = None
+    optimizer: OptimizerPart | None = None
+    trainer: TrainerPart | None = None
+    tags: tuple[str, ...] = ()
