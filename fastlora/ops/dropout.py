@@ -1,0 +1,107 @@
+"""Dropout without a state: a mask from a counter, the same on every device and for every split.
+
+    counter = (token low, token high, feature // 4, 0)
+    word    = Philox4x32-10(key = seed, counter)[feature % 4]
+    keep    = word >= floor(p * 2^32)          D(x) = x * keep / (1 - p)
+
+The Triton kernels draw the same words, bit for bit. The token's counter names its sample and
+position (``Stream.token_keys``), the seed mixes run, step and module (:func:`module_key`), so a
+mask depends neither on the split nor on the order of injection.
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fastlora.errors import InputError
+from fastlora.stream import splitmix64
+
+_LOW = 0xFFFFFFFF
+_MULTIPLY = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+@dataclass(frozen=True)
+class DropoutKey:
+    """What names every random word of one dropout: ``seed`` (63 bits) and ``tokens`` (int64 [M], a
+    counter a row).
+    """
+
+    seed: int
+    tokens: torch.Tensor
+
+    def rows(self, start: int, stop: int) -> DropoutKey:
+        """The key of rows ``start`` to ``stop``."""
+        return DropoutKey(self.seed, self.tokens[start:stop])
+
+
+def module_key(seed: int, step: int, module_path: str) -> int:
+    """A 63-bit seed from the run's seed, the optimiser step and the module's path (MD5, never a
+    counter).
+    """
+    digest = hashlib.md5(module_path.encode(), usedforsecurity=False).digest()
+    path = int.from_bytes(digest[:8], "little")
+    mixed = splitmix64(seed & (1 << 64) - 1)
+    mixed = splitmix64(mixed ^ (step & (1 << 64) - 1))
+    return splitmix64(mixed ^ path) >> 1
+
+
+def check_probability(p: float) -> None:
+    """Raise InputError unless 0 <= p < 1."""
+    if not 0.0 <= p < 1.0:
+        raise InputError(f"dropout is {p}; it must be at least 0 and below 1")
+
+
+def philox(key: tuple[int, int], counter: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Philox4x32-10 on int64 tensors that hold uint32 values; the four counters broadcast against
+    each other.
+
+    Returns four int64 tensors of uint32 values.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # The product of two numbers below 2^32 fills 64 bits: int64 wraps, and its bits are the
+        # right ones.
+        first, second = c0 * _MULTIPLY[0], c2 * _MULTIPLY[1]
+        c0, c1, c2, c3 = (
+            ((second >> 32) & _LOW) ^ c1 ^ k0,
+            second & _LOW,
+            ((first >> 32) & _LOW) ^ c3 ^ k1,
+            first & _LOW,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+def keep_mask(key: DropoutKey, features: int, p: float) -> torch.Tensor:
+    """bool [M, features]: True where the element is kept.
+
+    Raises:
+        InputError: ``p`` is not in [0, 1).
+    """
+    check_probability(p)
+    tokens = key.tokens
+    if p == 0.0:
+        return torch.ones(tokens.shape[0], features, dtype=torch.bool, device=tokens.device)
+    groups = torch.arange(-(-features // 4), device=tokens.device).unsqueeze(0)
+    low, high = (tokens & _LOW).unsqueeze(1), ((tokens >> 32) & _LOW).unsqueeze(1)
+    seed = (key.seed & _LOW, key.seed >> 32 & _LOW)
+    words = philox(seed, (low, high, groups, torch.zeros_like(groups)))
+    threshold = int(p * 2.0**32)
+    kept = torch.stack([word >= threshold for word in torch.broadcast_tensors(*words)], dim=-1)
+    return kept.reshape(tokens.shape[0], -1)[:, :features]
+
+
+def apply(x: torch.Tensor, keep: torch.Tensor, p: float) -> torch.Tensor:
+    """D(x) = x * keep / (1 - p): one fp32 multiplication by float32(1 / (1 - p)), rounded once to
+    ``x.dtype``.
+    """
+    factor = float(np.float32(1.0 / (1.0 - p)))
+    return torch.where(keep, x.float() * factor, 0.0).to(x.dtype)
