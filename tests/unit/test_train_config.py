@@ -1,0 +1,72 @@
+"""TrainConfig: every field is checked, and the schedule never has a step of rate 0."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastlora.errors import InputError
+from fastlora.train_config import SCHEDULERS, TrainConfig, learning_rates, total_steps
+
+
+def config(**fields):
+    return TrainConfig(data="d.jsonl", output="out", **fields)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("batch_size", 0), ("batch_size", 1.5), ("batch_size", True), ("micro_batch_tokens", 0),
+    ("micro_batch_tokens", "big"), ("max_length", 1), ("steps", 0), ("epochs", 0), ("epochs", float("nan")),
+    ("learning_rate", 0), ("learning_rate", float("inf")), ("learning_rate", "1e-4"), ("warmup_ratio", 1.0),
+    ("warmup_ratio", -0.1), ("weight_decay", -1), ("max_grad_norm", -1), ("gradient_scale", 3.0),
+    ("gradient_scale", 0), ("seed", -1), ("seed", 2**63), ("lr_scheduler", "reduce_lr_on_plateau"),
+    ("on_bad_row", "ignore"), ("on_long_row", "cut"), ("device", "tpu"), ("dtype", "int8"),
+    ("save_dtype", "auto"), ("shuffle", "yes"), ("checkpoint_every", -1), ("keep_checkpoints", 0),
+    ("model", ""), ("eval_every", -1), ("digest_every", 0.5),
+])
+def test_train_config_names_the_field_and_its_value(field, value):
+    with pytest.raises(InputError) as caught:
+        config(**{field: value})
+    assert field in str(caught.value)
+    assert repr(value) in str(caught.value) or str(value) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_train_config_batch_is_the_product_and_refuses_another():
+    assert config().batch_size == 16
+    assert config(micro_batch_size=4, gradient_accumulation_steps=8).batch_size == 32
+    assert config(micro_batch_size=4).batch_size == 4
+    assert config(batch_size=32, micro_batch_size=4, gradient_accumulation_steps=8).batch_size == 32
+    with pytest.raises(InputError, match="batch_size = 16"):
+        config(batch_size=16, micro_batch_size=4, gradient_accumulation_steps=8)
+
+
+def test_train_config_refuses_pairs():
+    with pytest.raises(InputError, match="steps"):
+        config(steps=3, epochs=2)
+    with pytest.raises(InputError, match="resume"):
+        config(resume=True, overwrite=True)
+
+
+def test_train_config_short_dtype_names():
+    assert config(dtype="bf16").dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("steps, ratio", [(1, 0.03), (2, 0.5), (10, 0.3), (40, 0.0)])
+def test_learning_rates_never_zero(name, steps, ratio):
+    rates = learning_rates(config(lr_scheduler=name, warmup_ratio=ratio, learning_rate=1e-3), steps)
+    assert len(rates) == steps
+    assert min(rates) > 0
+    assert max(rates) <= 1e-3
+
+
+def test_learning_rates_warm_up_evenly_to_the_peak():
+    rates = learning_rates(config(warmup_ratio=0.3, learning_rate=4.0), 10)
+    assert rates[:4] == [1.0, 2.0, 3.0, 4.0]
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+
+
+def test_total_steps_keeps_the_last_short_batch():
+    assert total_steps(config(batch_size=4), 9) == 3
+    assert total_steps(config(batch_size=4, epochs=2.0), 9) == 6
+    assert total_steps(config(batch_size=4, epochs=0.5), 9) == 2
+    assert total_steps(config(steps=7), 9) == 7
