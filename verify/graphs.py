@@ -144,18 +144,19 @@ def _token_sum(
 
 @dataclass
 class AdamWBounds:
-    """The radius of fp32 AdamW beside the float64 oracle, one tensor, step by step.
+    """The radius of an AdamW that stores moments and parameters in fp32, one tensor, step by step.
 
-    Counted roundings, for any of the usual orders (b1 m + (1 - b1) g, or m + (1 - b1)(g - m)): 4 on
-    the way to the first moment, over |m| + (1 - b1)|g|; 5 to the second, over v + (1 - b2) g^2 (the
-    square, the two scalars, product and sum); 8 from the moments to the update (two corrections
-    with their scalars, root, sum with eps, quotient, product with the rate); 2 for decay and 1 for
-    the difference. A clipped gradient has 3 more (the coefficient rounded to fp32, its own
-    division, the product).
+    ``arithmetic``: what single operations round to, fp32 or float64. Counted roundings, for any of the
+    usual orders (b1 m + (1 - b1) g, or m + (1 - b1)(g - m)): 4 on the way to the first moment, over
+    |m| + (1 - b1)|g|; 5 to the second, over v + (1 - b2) g^2 (the square, the two scalars, product and
+    sum); 8 from the moments to the update (two corrections with their scalars, root, sum with eps,
+    quotient, product with the rate); 2 for decay and 1 for the difference. A clipped gradient has 3
+    more (the coefficient, its own division, the product).
     """
 
     parameter: Bounded
     hyper: Hyper
+    arithmetic: torch.dtype = torch.float32
     steps: int = 0
 
     def __post_init__(self) -> None:
@@ -164,47 +165,49 @@ class AdamWBounds:
         self.second = Bounded(zero, zero)
 
     def step(self, gradient: torch.Tensor, clip: float, clip_slack: float = 0.0) -> Bounded:
-        """The parameter after one step; ``clip_slack``: relative slack of the clip coefficient."""
+        """The parameter after one step with an exactly known gradient.
+
+        ``clip``: the oracle's coefficient; ``clip_slack``: the relative slack of the subject's rule for it.
+        """
         hyper, (beta1, beta2) = self.hyper, self.hyper.betas
         self.steps += 1
         g = exact(gradient)
         if clip != 1.0:
-            g = roundings(Bounded(g.value * clip, g.value.abs() * clip * clip_slack), 3)
-        self.first = _grown(
-            Bounded(beta1 * self.first.value + (1 - beta1) * g.value,
-                    beta1 * self.first.radius + (1 - beta1) * g.radius),
-            self.first.magnitude + (1 - beta1) * g.magnitude, 4,
-        )
+            g = Bounded(g.value * clip, g.value.abs() * clip * clip_slack)
+            g = self._grown(g, g.magnitude, 3)
         square = Bounded(g.value.square(), g.radius * (2 * g.value.abs() + g.radius))
-        self.second = _grown(
-            Bounded(beta2 * self.second.value + (1 - beta2) * square.value,
-                    beta2 * self.second.radius + (1 - beta2) * square.radius),
-            self.second.magnitude + (1 - beta2) * square.magnitude, 5,
-        )
+        self.first = self._moment(self.first, g, beta1, 4)
+        self.second = self._moment(self.second, square, beta2, 5)
         update = self._update()
         p, decay = self.parameter, 1 - hyper.lr * hyper.weight_decay
         decayed = Bounded(p.value * decay, p.radius * abs(decay))
         if hyper.weight_decay:
-            decayed = roundings(decayed, 2)
+            decayed = self._grown(decayed, decayed.magnitude, 2)
         moved = Bounded(decayed.value - update.value, decayed.radius + update.radius)
+        if self.arithmetic != torch.float32:
+            moved = self._grown(moved, moved.magnitude, 1)
         self.parameter = store(moved, torch.float32)
         return self.parameter
+
+    def _moment(self, old: Bounded, new: Bounded, beta: float, count: int) -> Bounded:
+        moment = Bounded(
+            beta * old.value + (1 - beta) * new.value, beta * old.radius + (1 - beta) * new.radius
+        )
+        return store(self._grown(moment, old.magnitude + (1 - beta) * new.magnitude, count), torch.float32)
 
     def _update(self) -> Bounded:
         """lr m^ / (sqrt(v^) + eps) with the radius from the ends of both moments' intervals."""
         hyper, (beta1, beta2) = self.hyper, self.hyper.betas
         correction1, correction2 = 1 - beta1**self.steps, 1 - beta2**self.steps
         m, v = self.first, self.second
-        low = (v.value - v.radius).clamp(min=0)
-        root, root_low = (v.value / correction2).sqrt() + hyper.eps, (low / correction2).sqrt() + hyper.eps
-        value = hyper.lr * m.value / correction1 / root
-        worst = hyper.lr * m.magnitude / correction1 / root_low
-        # |m'/r' - m/r| <= |m' - m| / r' + |m| |1/r' - 1/r|, largest at the smallest root; the upper
-        # end of v moves the quotient by less than the lower end does, because 1/sqrt is convex.
-        radius = hyper.lr / correction1 * (m.radius / root_low + m.value.abs() * (1 / root_low - 1 / root))
-        return _grown(Bounded(value, radius), worst, 8)
+        root = (v.value / correction2).sqrt() + hyper.eps
+        root_low = ((v.value - v.radius).clamp(min=0) / correction2).sqrt() + hyper.eps
+        rate = hyper.lr / correction1
+        # |m'/r' - m/r| <= |m' - m| / r' + |m| |1/r' - 1/r|, largest at the smallest root: the upper end
+        # of v moves the quotient by less than the lower end does, because 1/sqrt is convex.
+        radius = rate * (m.radius / root_low + m.value.abs() * (1 / root_low - 1 / root))
+        return self._grown(Bounded(rate * m.value / root, radius), rate * m.magnitude / root_low, 8)
 
-
-def _grown(b: Bounded, magnitude: torch.Tensor, count: int) -> Bounded:
-    grow = roundings(Bounded(magnitude, torch.zeros_like(magnitude)), count)
-    return Bounded(b.value, b.radius + grow.radius)
+    def _grown(self, b: Bounded, magnitude: torch.Tensor, count: int) -> Bounded:
+        grow = roundings(Bounded(magnitude, torch.zeros_like(magnitude)), count, self.arithmetic)
+        return Bounded(b.value, b.radius + grow.radius)

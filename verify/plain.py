@@ -61,6 +61,7 @@ class PlainLinear:
 class TorchAdamW:
     """torch.optim.AdamW with torch's own clipping."""
 
+    arithmetic = torch.float32
     clip_epsilon = 1e-6
 
     def run(self, parameters, gradients, hyper: Hyper) -> list[dict[str, torch.Tensor]]:

@@ -115,8 +115,13 @@ class SplitResult:
 
 
 class OptimizerPart(Protocol):
-    """AdamW over fp32 tensors A and B."""
+    """AdamW over fp32 tensors A and B, moments and parameters stored in fp32.
 
+    ``arithmetic``: what single operations round to (fp32 or float64). ``clip_epsilon``: what the clip
+    rule adds to the norm (torch: 1e-6), 0 for none.
+    """
+
+    arithmetic: torch.dtype
     clip_epsilon: float
 
     def run(
