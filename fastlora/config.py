@@ -1,4 +1,5 @@
-"""LoraConfig: PEFT's field names and meanings, every field validated with an error that names it."""
+"""LoraConfig: PEFT's field names and meanings, every field validated with an error that names
+it."""
 
 from __future__ import annotations
 
@@ -12,9 +13,18 @@ from fastlora.errors import InputError
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MAX_RANK = 256
-_TASKS = (None, "CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+_TASKS = (
+    None,
+    "CAUSAL_LM",
+    "SEQ_CLS",
+    "SEQ_2_SEQ_LM",
+    "TOKEN_CLS",
+    "QUESTION_ANS",
+    "FEATURE_EXTRACTION",
+)
 
-# Fields of PEFT's file that ask for something this library does not do, with the values that ask for nothing.
+# Fields of PEFT's file that ask for something this library does not do, with the values that ask
+# for nothing.
 _REFUSED: dict[str, str] = {
     "alora_invocation_tokens": "activated LoRA",
     "arrow_config": "Arrow routing",
@@ -35,11 +45,21 @@ _REFUSED: dict[str, str] = {
     "use_qalora": "QALoRA",
     "velora_config": "VeLoRA",
 }
-# Fields that change nothing about a finished adapter: bookkeeping, or settings of a feature refused above.
-_IGNORED = frozenset({
-    "auto_mapping", "ensure_weight_tying", "eva_config", "inference_mode", "megatron_core", "peft_type",
-    "peft_version", "qalora_group_size", "runtime_config",
-})
+# Fields that change nothing about a finished adapter: bookkeeping, or settings of a feature refused
+# above.
+_IGNORED = frozenset(
+    {
+        "auto_mapping",
+        "ensure_weight_tying",
+        "eva_config",
+        "inference_mode",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "runtime_config",
+    }
+)
 # Initialisations that leave the base weights alone: the file's tensors replace whatever they drew.
 _INIT_OF_FILE_ONLY = frozenset({"eva", "orthogonal"})
 
@@ -55,20 +75,24 @@ class LoraConfig:
         lora_alpha: positive number; None (the default) means ``r``, so that s = 1.
         lora_dropout: probability in [0, 1) of leaving an input feature out of the adapter's path.
         use_rslora: scale by 1 / sqrt(r) instead of 1 / r.
-        target_modules: None (the model family's projections: for most the seven), a list of module names or
-            path endings, one regular expression that must match a whole path, or ``"all-linear"``.
-        exclude_modules: a list of names or path endings, or one regular expression; wins over targets.
+        target_modules: None (the model family's projections: for most the seven), a list of module
+            names or path endings, one regular expression that must match a whole path, or
+            ``"all-linear"``.
+        exclude_modules: a list of names or path endings, or one regular expression; wins over
+            targets.
         bias: ``"none"``; other values are refused.
-        rank_pattern, alpha_pattern: path ending or regular expression -> rank, alpha of those modules. The
-            first key that matches counts.
-        init_lora_weights: True (A Kaiming-uniform, B zero), ``"gaussian"`` (A normal with std 1/r, B zero) or
-            False (A and B both drawn, the adapter acts from the start).
-        layers_to_transform, layers_pattern: only these layer indices, as in PEFT; with a list of targets only.
+        rank_pattern, alpha_pattern: path ending or regular expression -> rank, alpha of those
+            modules. The first key that matches counts.
+        init_lora_weights: True (A Kaiming-uniform, B zero), ``"gaussian"`` (A normal with std 1/r,
+            B zero) or False (A and B both drawn, the adapter acts from the start).
+        layers_to_transform, layers_pattern: only these layer indices, as in PEFT; with a list of
+            targets only.
         task_type, base_model_name_or_path, revision: carried into the file, used by nothing here.
         modules_to_save: None; anything else is refused.
 
     Raises:
-        InputError: a field has a value that is not allowed; the message names field, value and what is allowed.
+        InputError: a field has a value that is not allowed; the message names field, value and what
+            is allowed.
     """
 
     r: int = 16
@@ -94,12 +118,18 @@ class LoraConfig:
             object.__setattr__(self, "lora_alpha", self.r)
         _check_alpha("lora_alpha", self.lora_alpha)
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
-            raise _wrong("lora_dropout", self.lora_dropout, "a probability from 0 up to, not including, 1")
+            raise _wrong(
+                "lora_dropout", self.lora_dropout, "a probability from 0 up to, not including, 1"
+            )
         _check_bool("use_rslora", self.use_rslora)
         if self.bias != "none":
             raise _wrong("bias", self.bias, '"none" (trained biases are not supported)')
         if self.modules_to_save is not None:
-            raise _wrong("modules_to_save", self.modules_to_save, "None (full copies of modules are not supported)")
+            raise _wrong(
+                "modules_to_save",
+                self.modules_to_save,
+                "None (full copies of modules are not supported)",
+            )
         if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights != "gaussian":
             raise _wrong("init_lora_weights", self.init_lora_weights, 'True, False or "gaussian"')
         if self.task_type not in _TASKS:
@@ -107,7 +137,11 @@ class LoraConfig:
         for name in ("target_modules", "exclude_modules"):
             object.__setattr__(self, name, _names_or_regex(name, getattr(self, name)))
         if self.target_modules is not None and not self.target_modules:
-            raise _wrong("target_modules", self.target_modules, "None, at least one name, or a regular expression")
+            raise _wrong(
+                "target_modules",
+                self.target_modules,
+                "None, at least one name, or a regular expression",
+            )
         for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
             object.__setattr__(self, name, _pattern(name, getattr(self, name), check))
         self._check_layers()
@@ -117,28 +151,44 @@ class LoraConfig:
         layers = self.layers_to_transform
         if layers is not None:
             many = [layers] if _is_int(layers) else layers
-            if not isinstance(many, (list, tuple)) or not many or not all(_is_int(i) and i >= 0 for i in many) \
-                    or len(set(many)) != len(many):
+            if (
+                not isinstance(many, (list, tuple))
+                or not many
+                or not all(_is_int(i) and i >= 0 for i in many)
+                or len(set(many)) != len(many)
+            ):
                 raise _wrong("layers_to_transform", layers, allowed)
-            object.__setattr__(self, "layers_to_transform", layers if _is_int(layers) else list(many))
+            object.__setattr__(
+                self, "layers_to_transform", layers if _is_int(layers) else list(many)
+            )
             if isinstance(self.target_modules, str):
-                raise _wrong("layers_to_transform", layers, "None when target_modules is one string, as in PEFT")
+                raise _wrong(
+                    "layers_to_transform",
+                    layers,
+                    "None when target_modules is one string, as in PEFT",
+                )
         pattern = self.layers_pattern
         if pattern:
             patterns = [pattern] if isinstance(pattern, str) else pattern
-            if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
+            if not isinstance(patterns, (list, tuple)) or not all(
+                isinstance(p, str) for p in patterns
+            ):
                 raise _wrong("layers_pattern", pattern, "None, a name or a list of names")
             for one in patterns:
                 _check_regex("layers_pattern", one)
             if layers is None:
-                raise _wrong("layers_pattern", pattern, "None while layers_to_transform is not given")
+                raise _wrong(
+                    "layers_pattern", pattern, "None while layers_to_transform is not given"
+                )
 
     def rank_for(self, path: str) -> int:
-        """The rank of the module at ``path``: the first matching key of ``rank_pattern``, else ``r``."""
+        """The rank of the module at ``path``: the first matching key of ``rank_pattern``, else
+        ``r``."""
         return _lookup(self.rank_pattern, path, self.r)
 
     def alpha_for(self, path: str) -> float:
-        """The alpha of the module at ``path``: the first matching key of ``alpha_pattern``, else ``lora_alpha``."""
+        """The alpha of the module at ``path``: the first matching key of ``alpha_pattern``, else
+        ``lora_alpha``."""
         return _lookup(self.alpha_pattern, path, self.lora_alpha)
 
     def scaling_for(self, path: str) -> float:
@@ -147,10 +197,11 @@ class LoraConfig:
         return self.alpha_for(path) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def to_peft(self) -> dict[str, Any]:
-        """The content of ``adapter_config.json``: only JSON values, lists sorted, patterns never null.
+        """The content of ``adapter_config.json``: only JSON values, lists sorted, patterns never
+        null.
 
-        Pattern keys keep their order in the dictionary (the first match counts); the file is written with this
-        order inside the patterns.
+        Pattern keys keep their order in the dictionary (the first match counts); the file is
+        written with this order inside the patterns.
         """
         result = {item.name: getattr(self, item.name) for item in fields(self)}
         for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
@@ -161,18 +212,23 @@ class LoraConfig:
         return dict(sorted(result.items()))
 
     @classmethod
-    def from_peft(cls, values: Mapping[str, Any], source: str = "adapter_config.json") -> LoraConfig:
+    def from_peft(
+        cls, values: Mapping[str, Any], source: str = "adapter_config.json"
+    ) -> LoraConfig:
         """Read the content of PEFT's ``adapter_config.json``.
 
         Raises:
-            InputError: the file is no LoRA adapter's, lacks ``peft_type``, ``r`` or ``lora_alpha``, or asks for a
-                feature that is not supported (DoRA, biases, modules_to_save, ...); the message names it.
+            InputError: the file is no LoRA adapter's, lacks ``peft_type``, ``r`` or ``lora_alpha``,
+                or asks for a feature that is not supported (DoRA, biases, modules_to_save, ...);
+                the message names it.
         """
         if not isinstance(values, Mapping):
             raise InputError(f"{source}: holds {type(values).__name__}, allowed is one JSON object")
         for name in ("peft_type", "r", "lora_alpha"):
             if values.get(name) is None:
-                raise InputError(f"{source}: field {name} is missing; every PEFT LoRA adapter has it")
+                raise InputError(
+                    f"{source}: field {name} is missing; every PEFT LoRA adapter has it"
+                )
         if values["peft_type"] != "LORA":
             raise InputError(f"{source}: peft_type is {values['peft_type']!r}, allowed is 'LORA'")
         own = {item.name for item in fields(cls)}
@@ -181,11 +237,16 @@ class LoraConfig:
             value = values[name]
             if name in _REFUSED:
                 if value not in (None, False, {}, []):
-                    raise InputError(f"{source}: {name} is {value!r}: {_REFUSED[name]} is not supported")
+                    raise InputError(
+                        f"{source}: {name} is {value!r}: {_REFUSED[name]} is not supported"
+                    )
             elif name in own:
                 kept[name] = value
             elif name not in _IGNORED and value not in (None, False, {}, []):
-                raise InputError(f"{source}: unknown field {name} is {value!r}; it may change what the adapter computes")
+                raise InputError(
+                    f"{source}: unknown field {name} is {value!r}; it may change what the adapter "
+                    "computes"
+                )
         for name in ("rank_pattern", "alpha_pattern"):
             kept[name] = kept.get(name) or {}
         kept["modules_to_save"] = None
@@ -199,18 +260,21 @@ class LoraConfig:
 
 
 def names_match(names: list[str] | str, path: str) -> bool:
-    """PEFT's rule: one string is a regular expression for the whole path; names equal the path or end it."""
+    """PEFT's rule: one string is a regular expression for the whole path; names equal the path or
+    end it."""
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
 def _lookup(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    # PEFT's get_pattern_key: the first key k for which (.*\.)?(k)$ matches from the start of the path.
+    # PEFT's get_pattern_key: the first key k for which (.*\.)?(k)$ matches from the start of the
+    # path.
     for key, value in patterns.items():
         if pattern_matches(key, path):
             return value
-    # PEFT then looks the path itself up, which a key with special characters can equal without matching.
+    # PEFT then looks the path itself up, which a key with special characters can equal without
+    # matching.
     return patterns.get(path, default)
 
 
@@ -261,7 +325,9 @@ def _names_or_regex(name: str, value: Any) -> list[str] | str | None:
             return "all-linear"
         _check_regex(name, value)
         return value
-    if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(v, str) and v for v in value):
+    if not isinstance(value, (list, tuple, set, frozenset)) or not all(
+        isinstance(v, str) and v for v in value
+    ):
         raise _wrong(name, value, "a list of module names, or one regular expression")
     if len(set(value)) != len(value):
         twice = sorted({v for v in value if list(value).count(v) > 1})

@@ -1,7 +1,8 @@
-"""What differs between model families: projections, what the head does to its logits, RoPE that looks at the batch.
+"""What differs between model families: projections, what the head does to its logits, RoPE that
+looks at the batch.
 
-One table row a family. Everything else (norms, activations, attention) is transformers' own code, which is row-wise
-or handled by fastlora.invariant.
+One table row a family. Everything else (norms, activations, attention) is transformers' own code,
+which is row-wise or handled by fastlora.invariant.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from fastlora.config import SEVEN
 
 # RoPE kinds of transformers that choose frequencies by the longest position of the batch.
 _BATCH_ROPE = {
-    "dynamic": "dynamic NTK scaling recomputes the frequencies from the longest position of the micro-batch",
-    "longrope": "longrope chooses short or long frequencies by the longest position of the micro-batch",
+    "dynamic": "dynamic NTK scaling recomputes the frequencies from the longest position of the "
+    "micro-batch",
+    "longrope": "longrope chooses short or long frequencies by the longest position of the "
+    "micro-batch",
 }
 
 
@@ -29,7 +32,8 @@ class Family:
     Attributes:
         model_type: as in the model's ``config.json``.
         projections: names of the linear layers of a block; the default targets.
-        softcap_field: configuration field of the soft-cap c of the logits, c * tanh(logits / c), or None.
+        softcap_field: configuration field of the soft-cap c of the logits, c * tanh(logits / c), or
+            None.
         divisor_field: configuration field by which the logits are divided, or None.
         known_head: ``head_of`` knows this family's head.
     """
@@ -62,7 +66,8 @@ FAMILIES: dict[str, Family] = {
 class Head(NamedTuple):
     """How a model gets from tokens to logits, for a loss that never holds the logits.
 
-    logits = softcap * tanh(z / softcap) with z = logit_scale * hidden weight^T; without a soft-cap, z.
+    logits = softcap * tanh(z / softcap) with z = logit_scale * hidden weight^T; without a soft-cap,
+    z.
     """
 
     decoder: Callable[..., torch.Tensor]
@@ -72,7 +77,8 @@ class Head(NamedTuple):
 
 
 class Decoder:
-    """Call a causal model's decoder: ``(input_ids [B, T], position_ids [B, T]) -> last hidden state [B, T, H]``.
+    """Call a causal model's decoder: ``(input_ids [B, T], position_ids [B, T]) -> last hidden state
+    [B, T, H]``.
 
     Further keywords go to the decoder; the key-value cache is off unless asked for.
     """
@@ -84,20 +90,24 @@ class Decoder:
         self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, **keywords: Any
     ) -> torch.Tensor:
         keywords.setdefault("use_cache", False)
-        return self.module(input_ids=input_ids, position_ids=position_ids, **keywords).last_hidden_state
+        return self.module(
+            input_ids=input_ids, position_ids=position_ids, **keywords
+        ).last_hidden_state
 
 
 def family_of(model: nn.Module) -> Family:
-    """The table row of the model; for an unknown ``model_type`` a row with the seven projections and no head."""
+    """The table row of the model; for an unknown ``model_type`` a row with the seven projections
+    and no head."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     return FAMILIES.get(model_type) or Family(str(model_type), known_head=False)
 
 
 def head_of(model: nn.Module) -> Head | None:
-    """``(decoder, lm_head weight [V, H], softcap, logit_scale)`` of a causal model of a known family, else None.
+    """``(decoder, lm_head weight [V, H], softcap, logit_scale)`` of a causal model of a known
+    family, else None.
 
-    None also where a known family's head has a bias or is no linear layer, or the model is no causal model (a
-    classifier): the caller then takes the model's own logits.
+    None also where a known family's head has a bias or is no linear layer, or the model is no
+    causal model (a classifier): the caller then takes the model's own logits.
     """
     family = family_of(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -111,7 +121,8 @@ def head_of(model: nn.Module) -> Head | None:
 def batch_dependent_rope(model: nn.Module) -> str | None:
     """Why this model's RoPE depends on what else is in the micro-batch, or None when it does not.
 
-    Looks at ``config.rope_parameters`` (one dictionary, or one for each layer type, as Gemma 3 has).
+    Looks at ``config.rope_parameters`` (one dictionary, or one for each layer type, as Gemma 3
+    has).
     """
     parameters = getattr(getattr(model, "config", None), "rope_parameters", None) or {}
     kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]

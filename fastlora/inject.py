@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fastlora.callable_module import make_callable
 from fastlora.config import LoraConfig
 from fastlora.errors import InputError
 from fastlora.modules import LoraLinear
@@ -19,20 +20,25 @@ _RECORD = "_fastlora"
 
 @dataclass(frozen=True)
 class Injection:
-    """What :func:`inject` did: the configuration with its targets by name, the seed, and what was trainable."""
+    """What :func:`inject` did: the configuration with its targets by name, the seed, and what was
+    trainable."""
 
     config: LoraConfig
     seed: int
     trainable: tuple[str, ...]
 
 
-def inject(model: nn.Module, config: LoraConfig | None = None, *, seed: int | None = None) -> nn.Module:
-    """Replace every targeted linear layer of ``model`` by a :class:`LoraLinear`, in place, and return the model.
+def inject(
+    model: nn.Module, config: LoraConfig | None = None, *, seed: int | None = None
+) -> nn.Module:
+    """Replace every targeted linear layer of ``model`` by a :class:`LoraLinear`, in place, and
+    return the model.
 
-    Names, objects and bytes of all base parameters stay; they stop requiring gradients (``eject`` gives that
-    back), and the adapters' fp32 parameters are the only trainable ones. Each A is drawn from a generator of its
-    own, seeded by ``seed`` (None: ``torch.initial_seed()``) and the module's path, so neither the order of
-    injection nor other targets change it, and torch's global generator is left alone.
+    Names, objects and bytes of all base parameters stay; they stop requiring gradients (``eject``
+    gives that back), and the adapters' fp32 parameters are the only trainable ones. Each A is drawn
+    from a generator of its own, seeded by ``seed`` (None: ``torch.initial_seed()``) and the
+    module's path, so neither the order of injection nor other targets change it, and torch's global
+    generator is left alone.
 
     Args:
         model: any torch model; transformers models need no more than this.
@@ -40,8 +46,9 @@ def inject(model: nn.Module, config: LoraConfig | None = None, *, seed: int | No
         seed: an integer; the same seed, path and shape give the same A.
 
     Raises:
-        InputError: the model has adapters already; a target matches nothing, twice, or no plain linear layer; it is
-            the output head, or its weight is shared (tied); near misses are listed. The model is then unchanged.
+        InputError: the model has adapters already; a target matches nothing, twice, or no plain
+            linear layer; it is the output head, or its weight is shared (tied); near misses are
+            listed. The model is then unchanged.
     """
     config = LoraConfig() if config is None else config
     return _inject(model, config, seed, lenient=False)
@@ -52,13 +59,19 @@ def _inject(model: nn.Module, config: LoraConfig, seed: int | None, *, lenient: 
         raise InputError(f"config is {type(config).__name__}, allowed is fastlora.LoraConfig")
     seed = torch.initial_seed() if seed is None else int(seed)
     if injection(model) is not None or next(lora_layers(model), None) is not None:
-        raise InputError("model has adapters already; eject(model) first, or load_adapter into the ones it has")
+        raise InputError(
+            "model has adapters already; eject(model) first, or load_adapter into the ones it has"
+        )
     targets, config = resolve_targets(model, config, lenient=lenient)
-    trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    trainable = tuple(
+        name for name, parameter in model.named_parameters() if parameter.requires_grad
+    )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for path, base in targets.items():
-        layer = LoraLinear(base, path, config.rank_for(path), config.scaling_for(path), config.lora_dropout)
+        layer = LoraLinear(
+            base, path, config.rank_for(path), config.scaling_for(path), config.lora_dropout
+        )
         if not layer.lora_A.weight.is_meta:
             layer.reset(config.init_lora_weights, _generator(seed, path))
         _replace(model, path, layer)
@@ -67,15 +80,17 @@ def _inject(model: nn.Module, config: LoraConfig, seed: int | None, *, lenient: 
 
 
 def eject(model: nn.Module, *, keep_merged: bool = False) -> nn.Module:
-    """Undo :func:`inject`: the original modules come back, with the same bytes and the same ``requires_grad``.
+    """Undo :func:`inject`: the original modules come back, with the same bytes and the same
+    ``requires_grad``.
 
     Args:
         model: an injected model; returned.
-        keep_merged: leave merged weights merged (a plain model with the adapter inside) instead of restoring
-            the base from the copy that ``merge`` kept.
+        keep_merged: leave merged weights merged (a plain model with the adapter inside) instead of
+            restoring the base from the copy that ``merge`` kept.
 
     Raises:
-        InputError: the model has no adapters, or is merged without a kept copy and ``keep_merged`` is False.
+        InputError: the model has no adapters, or is merged without a kept copy and ``keep_merged``
+            is False.
     """
     record = require_injection(model)
     layers = list(lora_layers(model))
@@ -104,7 +119,8 @@ def lora_layers(model: nn.Module) -> Iterator[LoraLinear]:
 
 
 def record_owner(model: nn.Module) -> nn.Module | None:
-    """The module that :func:`inject` was called on: ``model``, or one inside it (wrapped by DDP, torch.compile)."""
+    """The module that :func:`inject` was called on: ``model``, or one inside it (wrapped by DDP,
+    torch.compile)."""
     return next((module for module in model.modules() if _RECORD in vars(module)), None)
 
 
@@ -118,7 +134,9 @@ def require_injection(model: nn.Module) -> Injection:
     """:func:`injection`, or an InputError that says what to call."""
     record = injection(model)
     if record is None:
-        raise InputError(f"model ({type(model).__name__}) has no adapters; call inject or load_adapter first")
+        raise InputError(
+            f"model ({type(model).__name__}) has no adapters; call inject or load_adapter first"
+        )
     return record
 
 
@@ -131,3 +149,6 @@ def _generator(seed: int, path: str) -> torch.Generator:
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
+
+
+make_callable(inject)

@@ -16,9 +16,10 @@ from fastlora.stream import active
 class Factor(nn.Module):
     """One factor of the adapter: a single fp32 parameter ``weight``.
 
-    It is a module so that state-dict names are PEFT's (``<path>.lora_A.weight``), and no nn.Linear so that nothing
-    that looks for linear layers takes it for one. The parameter is the fp32 master copy: ``model.bfloat16()``
-    and ``model.to(dtype)`` move it but leave its type alone, because updates of a 16-bit copy round to nothing.
+    It is a module so that state-dict names are PEFT's (``<path>.lora_A.weight``), and no nn.Linear
+    so that nothing that looks for linear layers takes it for one. The parameter is the fp32 master
+    copy: ``model.bfloat16()`` and ``model.to(dtype)`` move it but leave its type alone, because
+    updates of a 16-bit copy round to nothing.
     """
 
     def __init__(self, rows: int, columns: int, device: torch.device) -> None:
@@ -39,21 +40,22 @@ class Factor(nn.Module):
 class LoraLinear(nn.Linear):
     """Y = x W^T + scaling * D(x) A^T B^T + bias, with W and bias frozen and A, B fp32 parameters.
 
-    Takes the place of an ``nn.Linear`` and shares its very parameter objects, so the base's state-dict names and
-    bytes stay as they are. Source: Hu et al. 2021; dropout has PEFT's meaning (on the adapter's input only, an
-    independent mask for each projection).
+    Takes the place of an ``nn.Linear`` and shares its very parameter objects, so the base's
+    state-dict names and bytes stay as they are. Source: Hu et al. 2021; dropout has PEFT's meaning
+    (on the adapter's input only, an independent mask for each projection).
 
     Attributes:
-        weight [N, K], bias [N] or None: the base layer's parameters.
-        lora_A.weight [r, K], lora_B.weight [N, r]: fp32.
-        scaling: float, alpha / r or alpha / sqrt(r).
-        lora_dropout: float in [0, 1); acts in training mode only.
-        path: the module's path in the model; names the module in errors and seeds its dropout.
-        exact, sums: set by ``fastlora.exact``: gradients of A and B go into the integer sums instead of ``.grad``.
-        merged: the weight already holds the adapter (see ``fastlora.merge``), forward is the plain linear layer.
+        weight [N, K], bias [N] or None: the base layer's parameters. lora_A.weight [r, K],
+        lora_B.weight [N, r]: fp32. scaling: float, alpha / r or alpha / sqrt(r). lora_dropout:
+        float in [0, 1); acts in training mode only. path: the module's path in the model; names the
+        module in errors and seeds its dropout. exact, sums: set by ``fastlora.exact``: gradients of
+        A and B go into the integer sums instead of ``.grad``. merged: the weight already holds the
+        adapter (see ``fastlora.merge``), forward is the plain linear layer.
     """
 
-    def __init__(self, base: nn.Linear, path: str, rank: int, scaling: float, dropout: float = 0.0) -> None:
+    def __init__(
+        self, base: nn.Linear, path: str, rank: int, scaling: float, dropout: float = 0.0
+    ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight = base.weight
@@ -81,8 +83,9 @@ class LoraLinear(nn.Linear):
     def reset(self, init: bool | str, generator: torch.Generator) -> None:
         """Draw A (and with ``init=False`` B) on the CPU from ``generator``; PEFT's distributions.
 
-        True: A Kaiming-uniform with a = sqrt(5), which is U(-1/sqrt(K), 1/sqrt(K)), B zero. "gaussian": A normal
-        with standard deviation 1/r, B zero. False: A and B both Kaiming-uniform.
+        True: A Kaiming-uniform with a = sqrt(5), which is U(-1/sqrt(K), 1/sqrt(K)), B zero.
+            "gaussian": A normal with standard deviation 1/r, B zero. False: A and B both
+            Kaiming-uniform.
         """
         a = torch.empty(self.lora_A.weight.shape, dtype=torch.float32)
         b = torch.zeros(self.lora_B.weight.shape, dtype=torch.float32)
@@ -96,38 +99,55 @@ class LoraLinear(nn.Linear):
         self.lora_B.weight.copy_(b)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] in the weight's dtype -> [..., N] in the same; under autocast both are cast first."""
+        """x [..., K] in the weight's dtype -> [..., N] in the same; under autocast both are cast
+        first."""
         if self.merged:
             return nn.functional.linear(x, self.weight, self.bias)
-        weight, bias = self.weight, self.bias
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
-            bias = bias if bias is None else bias.to(dtype)
+        kind = x.device.type
+        if not torch.is_autocast_enabled(kind):
+            return self._call(x, self.weight, self.bias)
+        dtype = torch.get_autocast_dtype(kind)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        # Off inside: the operation accumulates in fp32, which autocast would turn into 16 bits.
+        with torch.autocast(kind, enabled=False):
+            return self._call(x.to(dtype), self.weight.to(dtype), bias)
+
+    def _call(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         dropout = self.lora_dropout if self.training else 0.0
-        key = self._dropout_key(x) if dropout else None
-        sums = self.sums if self.exact else None
         return lora_linear(
-            x, weight, self.lora_A.weight, self.lora_B.weight, self.scaling, bias, dropout=dropout, key=key, sums=sums
+            x,
+            weight,
+            self.lora_A.weight,
+            self.lora_B.weight,
+            self.scaling,
+            bias,
+            dropout=dropout,
+            key=self._dropout_key(x) if dropout else None,
+            sums=self.sums if self.exact else None,
         )
 
     def _dropout_key(self, x: torch.Tensor) -> DropoutKey:
         rows = x.numel() // self.in_features
         stream = active()
         if stream is None:
-            # Drawn from torch's own CPU generator: checkpointing restores its state, so a recomputed layer gets
-            # the same mask.
+            # Drawn from torch's own CPU generator: checkpointing restores its state, so a
+            # recomputed layer gets the same mask.
             seed = int(torch.randint(0, 2**62, (), dtype=torch.int64))
             return DropoutKey(seed, torch.arange(rows, dtype=torch.int64, device=x.device))
         if rows != stream.total:
             raise InputError(
-                f"{self.path}: the input has {rows} rows, allowed are the {stream.total} of the active stream "
+                f"{self.path}: the input has {rows} rows, allowed are the {stream.total} of the "
+                "active stream "
                 "(dropout needs every row's sample id)"
             )
-        return DropoutKey(module_key(stream.seed, stream.step, self.path), stream.token_keys(x.device))
+        return DropoutKey(
+            module_key(stream.seed, stream.step, self.path), stream.token_keys(x.device)
+        )
 
     def extra_repr(self) -> str:
         return (
-            f"{super().extra_repr()}, r={self.rank}, scaling={self.scaling:g}, dropout={self.lora_dropout:g}"
-            + (", merged" if self.merged else "")
+            f"{super().extra_repr()}, r={self.rank}, scaling={self.scaling:g}, "
+            f"dropout={self.lora_dropout:g}" + (", merged" if self.merged else "")
         )

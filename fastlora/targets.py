@@ -1,4 +1,5 @@
-"""Which modules a configuration means: PEFT's matching, with an error wherever PEFT would go on silently."""
+"""Which modules a configuration means: PEFT's matching, with an error wherever PEFT would go on
+silently."""
 
 from __future__ import annotations
 
@@ -19,9 +20,9 @@ def resolve_targets(
 ) -> tuple[dict[str, nn.Linear], LoraConfig]:
     """Find the targets of ``config`` in ``model``; nothing is changed.
 
-    Returns ``{path: module}`` in the model's order, and the configuration with ``None`` and ``"all-linear"`` replaced
-    by names.  ``lenient`` is for files: there PEFT lets a name match nothing or a module match two names, and the
-    tensors of the file say what is right.
+    Returns ``{path: module}`` in the model's order, and the configuration with ``None`` and
+    ``"all-linear"`` replaced by names.  ``lenient`` is for files: there PEFT lets a name match
+    nothing or a module match two names, and the tensors of the file say what is right.
 
     Raises:
         InputError: see :func:`fastlora.inject`.
@@ -32,7 +33,9 @@ def resolve_targets(
     if not lenient:
         _check_each_matches_once(config, paths, found)
     if not found:
-        raise InputError(_nothing(f"target_modules is {config.target_modules!r}", config.target_modules, paths))
+        raise InputError(
+            _nothing(f"target_modules is {config.target_modules!r}", config.target_modules, paths)
+        )
     heads = _heads(model, paths)
     owners = _parameter_owners(paths)
     for path in found:
@@ -49,11 +52,18 @@ def _by_name(model: nn.Module, config: LoraConfig, paths: dict[str, nn.Module]) 
     if config.target_modules != "all-linear":
         return config
     heads = _heads(model, paths)
-    linear = [path for path, module in paths.items() if isinstance(module, nn.Linear) and path not in heads]
+    linear = [
+        path
+        for path, module in paths.items()
+        if isinstance(module, nn.Linear) and path not in heads
+    ]
     if not linear:
-        raise InputError(f"target_modules is 'all-linear', but {type(model).__name__} has no linear layer")
+        raise InputError(
+            f"target_modules is 'all-linear', but {type(model).__name__} has no linear layer"
+        )
     endings = sorted({path.rpartition(".")[2] for path in linear})
-    # Endings read better than hundreds of paths; they are used where they mean the very same modules.
+    # Endings read better than hundreds of paths; they are used where they mean the very same
+    # modules.
     same = [path for path in paths if names_match(endings, path)] == linear
     return replace(config, target_modules=endings if same else linear)
 
@@ -71,7 +81,8 @@ def _is_target(config: LoraConfig, path: str) -> bool:
 
 
 def _layer_index(pattern: list[str] | str | None, path: str) -> int | None:
-    # PEFT's rule: the first numbered segment that follows a name (or one of the named lists) is the layer.
+    # PEFT's rule: the first numbered segment that follows a name (or one of the named lists) is the
+    # layer.
     if not pattern:
         match = re.match(r".*?\.[^.]*\.(\d+)\.", path)
         return int(match[1]) if match else None
@@ -82,7 +93,13 @@ def _layer_index(pattern: list[str] | str | None, path: str) -> int | None:
     return None
 
 
-def _check_each_matches_once(config: LoraConfig, paths: dict[str, nn.Module], found: list[str]) -> None:
+def _check_each_matches_once(
+    config: LoraConfig, paths: dict[str, nn.Module], found: list[str]
+) -> None:
+    excluded = config.exclude_modules
+    for names in [excluded] if isinstance(excluded, str) else [[name] for name in excluded or ()]:
+        if not any(names_match(names, path) for path in paths):
+            raise InputError(_nothing(f"exclude_modules: {names!r}", names, paths))
     if isinstance(config.target_modules, str):
         return
     for name in config.target_modules:
@@ -90,15 +107,18 @@ def _check_each_matches_once(config: LoraConfig, paths: dict[str, nn.Module], fo
             raise InputError(_nothing(f"target_modules: {name!r}", [name], paths))
         if not any(names_match([name], path) for path in found):
             raise InputError(
-                f"target_modules: {name!r} matches modules, but exclude_modules={config.exclude_modules!r} and "
-                f"layers_to_transform={config.layers_to_transform!r} leave none of them; allowed is a name that "
+                f"target_modules: {name!r} matches modules, but "
+                f"exclude_modules={config.exclude_modules!r} and "
+                f"layers_to_transform={config.layers_to_transform!r} leave none of them; allowed "
+                "is a name that "
                 "keeps one"
             )
     for path in found:
         names = [name for name in config.target_modules if names_match([name], path)]
         if len(names) > 1:
             raise InputError(
-                f"target_modules: {path} is matched twice, by {' and '.join(map(repr, names))}; allowed is one name "
+                f"target_modules: {path} is matched twice, by {' and '.join(map(repr, names))}; "
+                "allowed is one name "
                 "a module"
             )
 
@@ -106,31 +126,46 @@ def _check_each_matches_once(config: LoraConfig, paths: dict[str, nn.Module], fo
 def _check_linear(path: str, module: nn.Module, heads: dict[str, str]) -> None:
     kind = type(module).__name__
     if path in heads:
-        raise InputError(f"target_modules: {path} is {heads[path]}; allowed are the linear layers before the head")
+        raise InputError(
+            f"target_modules: {path} is {heads[path]}; allowed are the linear layers before the "
+            "head"
+        )
     if isinstance(module, nn.Linear):
         if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
             raise InputError(
-                f"target_modules: {path} is a {kind} with a forward of its own (quantised, offloaded or wrapped); "
+                f"target_modules: {path} is a {kind} with a forward of its own (quantised, "
+                "offloaded or wrapped); "
                 "allowed are plain torch.nn.Linear layers"
             )
         if nn.utils.parametrize.is_parametrized(module) or _has_hooks(module):
             raise InputError(
-                f"target_modules: {path} carries hooks or a parametrization that its replacement would drop; allowed "
+                f"target_modules: {path} carries hooks or a parametrization that its replacement "
+                "would drop; allowed "
                 "are plain torch.nn.Linear layers"
             )
         if not module.weight.is_floating_point():
             raise InputError(
-                f"target_modules: {path} has a weight of type {module.weight.dtype}; allowed are floating-point weights"
+                f"target_modules: {path} has a weight of type {module.weight.dtype}; allowed are "
+                "floating-point weights"
             )
         return
-    inside = [f"{path}.{name}" for name, child in module.named_modules() if name and isinstance(child, nn.Linear)]
+    inside = [
+        f"{path}.{name}"
+        for name, child in module.named_modules()
+        if name and isinstance(child, nn.Linear)
+    ]
     hint = f"; the linear layers inside it: {', '.join(inside[:8])}" if inside else ""
-    raise InputError(f"target_modules: {path} is a {kind}, allowed are torch.nn.Linear layers{hint}")
+    raise InputError(
+        f"target_modules: {path} is a {kind}, allowed are torch.nn.Linear layers{hint}"
+    )
 
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
 
 
@@ -140,33 +175,39 @@ def _check_unshared(
     twins = [other for other, candidate in paths.items() if candidate is module and other != path]
     if twins:
         raise InputError(
-            f"target_modules: {path} is matched twice: the same module stands at {', '.join(twins)} too; allowed are "
+            f"target_modules: {path} is matched twice: the same module stands at "
+            f"{', '.join(twins)} too; allowed are "
             "modules with one place in the model"
         )
     shared = [other for other in owners[id(module.weight)] if other != f"{path}.weight"]
     if shared:
         raise InputError(
-            f"target_modules: the weight of {path} is tied to {', '.join(shared)}, which an adapter here would not "
+            f"target_modules: the weight of {path} is tied to {', '.join(shared)}, which an "
+            "adapter here would not "
             "reach (and a merge would change); allowed are layers with a weight of their own"
         )
 
 
 def _heads(model: nn.Module, paths: dict[str, nn.Module]) -> dict[str, str]:
-    """The output head and the input embeddings by path, each with the reason why it takes no adapter."""
-    getters = {
-        "get_output_embeddings": "the output head (it feeds the fused loss, which takes its weight as it is: LoRA on "
-        "the head is not supported)",
-        "get_input_embeddings": "the token embeddings (a table, no linear layer; often tied to the output head: LoRA on "
-        "embeddings is not supported)",
-    }
+    """The output head and the input embeddings by path, each with the reason why it takes no
+    adapter."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    tied = head is not None and table is not None and head.weight is table.weight
+    sharing = ", and its weight is tied to the token embeddings" if tied else ""
     found: dict[str, str] = {}
-    for getter, reason in getters.items():
-        module = getattr(model, getter)() if hasattr(model, getter) else None
-        if module is not None:
-            found.update({path: reason for path, candidate in paths.items() if candidate is module})
-    if not hasattr(model, "get_output_embeddings"):
-        reason = getters["get_output_embeddings"]
-        found.update({path: reason for path in paths if path.rpartition(".")[2] == "lm_head"})
+    for path, module in paths.items():
+        named_head = head is None and path.rpartition(".")[2] == "lm_head"
+        if named_head or (head is not None and module is head):
+            found[path] = (
+                f"the output head{sharing}: LoRA on the head is not supported (the fused loss "
+                "takes its weight as it is)"
+            )
+        elif table is not None and module is table:
+            found[path] = (
+                "the table of token embeddings, no linear layer: LoRA on embeddings is not "
+                "supported"
+            )
     return found
 
 
@@ -189,7 +230,9 @@ def _check_patterns(config: LoraConfig, found: list[str]) -> None:
 def _nothing(what: str, names: list[str] | str, paths: dict[str, nn.Module]) -> str:
     linear = [path for path, module in paths.items() if isinstance(module, nn.Linear)]
     if isinstance(names, str):
-        return f"{what}: matches nothing; it must match a whole path, such as {_near(names, linear)}"
+        return (
+            f"{what}: matches nothing; it must match a whole path, such as {_near(names, linear)}"
+        )
     return f"{what}: matches nothing; allowed: {_near(names[0], linear)}"
 
 

@@ -1,4 +1,5 @@
-"""Tiny random models of real architectures, made from transformers configurations; nothing is downloaded."""
+"""Tiny random models of real architectures, made from transformers configurations; nothing is
+downloaded."""
 
 from __future__ import annotations
 
@@ -6,12 +7,23 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 
-def tiny_model(model_type: str = "llama", *, seed: int = 0, layers: int = 2, **overrides) -> torch.nn.Module:
+def tiny_model(
+    model_type: str = "llama", *, seed: int = 0, layers: int = 2, **overrides
+) -> torch.nn.Module:
     """A causal model with hidden size 32, two layers and 96 tokens, in fp32 and training mode."""
-    settings = dict(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, vocab_size=96, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )
+    settings = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 96,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     settings.update(overrides)
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **settings)
@@ -20,4 +32,6 @@ def tiny_model(model_type: str = "llama", *, seed: int = 0, layers: int = 2, **o
 
 def tokens(rows: int = 2, length: int = 12, vocabulary: int = 96, seed: int = 1) -> torch.Tensor:
     """Random token ids [rows, length]."""
-    return torch.randint(3, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        3, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed)
+    )

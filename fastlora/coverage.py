@@ -1,0 +1,90 @@
+"""Which path every projection of a model takes, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fastlora.callable_module import make_callable
+from fastlora.errors import InputError
+from fastlora.modules import LoraLinear
+from fastlora.ops import backend
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """One linear layer: its path, its name in the block, the backend that runs it, and the
+    reason."""
+
+    path: str
+    projection: str
+    backend: str
+    reason: str
+
+
+def coverage(model: nn.Module, strict: bool = False) -> list[CoverageRow]:
+    """One row for every linear layer of the model, in the model's order.
+
+    The backend is ``"triton"`` (the library's CUDA kernels, the fast path), ``"reference"`` (the
+    library's torch path: every CPU run) or ``"eager"`` (torch's own linear layer: no adapter there,
+    or a merged one).
+
+    Args:
+        model: any model.
+        strict: refuse a model without adapters, and any adapter that does not run on ``"triton"``.
+
+    Raises:
+        InputError: under ``strict``, naming the projections and reasons.
+    """
+    rows = []
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            rows.append(
+                CoverageRow(module.path, module.path.rpartition(".")[2], *lora_backend(module))
+            )
+        elif isinstance(module, nn.Linear):
+            rows.append(
+                CoverageRow(path, path.rpartition(".")[2], "eager", "no adapter: not a target")
+            )
+    if strict:
+        _check_strict(model, rows)
+    return rows
+
+
+def coverage_lines(model: nn.Module) -> list[str]:
+    """:func:`coverage` for people: one line for each backend and reason, with the projections and
+    their number."""
+    groups: dict[tuple[str, str], dict[str, int]] = {}
+    for row in coverage(model):
+        counts = groups.setdefault((row.backend, row.reason), {})
+        counts[row.projection] = counts.get(row.projection, 0) + 1
+    return [
+        f"{backend}: {', '.join(f'{name} x{count}' for name, count in counts.items())} ({reason})"
+        for (backend, reason), counts in groups.items()
+    ]
+
+
+def lora_backend(layer: LoraLinear) -> tuple[str, str]:
+    """Backend and reason of one adapted layer."""
+    if layer.merged:
+        return "eager", "merged: the adapter is inside the weight"
+    return backend.explain(layer.weight.device, layer.weight.dtype)
+
+
+def _check_strict(model: nn.Module, rows: list[CoverageRow]) -> None:
+    adapted = {layer.path for layer in model.modules() if isinstance(layer, LoraLinear)}
+    if not adapted:
+        raise InputError(
+            "strict coverage: the model has no adapters; allowed is a model after inject"
+        )
+    slow = [row for row in rows if row.path in adapted and row.backend != "triton"]
+    if slow:
+        named = ", ".join(f"{row.path}: {row.backend} ({row.reason})" for row in slow[:3])
+        more = f" and {len(slow) - 3} more" if len(slow) > 3 else ""
+        raise InputError(
+            f"strict coverage: allowed is the path triton for every adapter, but {named}{more}"
+        )
+
+
+make_callable(coverage)

@@ -1,0 +1,1 @@
+"""The tests, by purpose: unit, gpu, compat, meta, incidents, repo."""

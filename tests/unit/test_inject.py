@@ -1,0 +1,381 @@
+"""inject, eject, LoraLinear and the model families."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fastlora import stream
+from fastlora.config import SEVEN, LoraConfig
+from fastlora.errors import InputError
+from fastlora.families import FAMILIES, batch_dependent_rope, family_of, head_of
+from fastlora.inject import eject, inject, injection, lora_layers
+from tests.models import tiny_model, tokens
+
+
+def raw(tensors) -> dict[str, bytes]:
+    return {
+        name: tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+        for name, tensor in tensors
+    }
+
+
+def adapted(model) -> list[str]:
+    return [layer.path for layer in lora_layers(model)]
+
+
+def test_inject_adapts_the_seven_in_place_and_freezes_the_rest():
+    model = tiny_model()
+    before = raw(model.state_dict().items())
+    objects = {name: id(parameter) for name, parameter in model.named_parameters()}
+    assert inject(model, LoraConfig(r=4)) is model
+    assert len(adapted(model)) == 14
+    assert {path.rpartition(".")[2] for path in adapted(model)} == set(SEVEN)
+    after = raw(model.state_dict().items())
+    assert {name: after[name] for name in before} == before
+    names = dict(model.named_parameters())
+    assert {name: id(names[name]) for name in objects} == objects
+    trainable = {name for name, parameter in names.items() if parameter.requires_grad}
+    assert trainable == {
+        f"{path}.{factor}.weight" for path in adapted(model) for factor in ("lora_A", "lora_B")
+    }
+    assert all(names[name].dtype == torch.float32 for name in trainable)
+
+
+def test_inject_starts_as_the_base_model():
+    model, ids = tiny_model(), tokens()
+    base = model(ids).logits
+    assert torch.equal(inject(model, LoraConfig(r=4))(ids).logits, base)
+
+
+def test_eject_gives_modules_bytes_and_flags_back():
+    model = tiny_model("qwen2")
+    model.model.embed_tokens.weight.requires_grad_(False)
+    before = raw(model.state_dict().items())
+    modules = dict(model.named_modules())
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    inject(model, LoraConfig(r=4, init_lora_weights=False))
+    assert eject(model) is model
+    assert raw(model.state_dict().items()) == before
+    assert all(modules[name] is module for name, module in model.named_modules())
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert injection(model) is None
+
+
+def test_eject_refuses_a_bare_model():
+    with pytest.raises(InputError, match="no adapters"):
+        eject(tiny_model())
+
+
+def test_inject_refuses_a_second_time():
+    model = inject(tiny_model(), LoraConfig(r=2))
+    with pytest.raises(InputError, match="adapters already"):
+        inject(model, LoraConfig(r=2))
+
+
+def test_inject_draws_by_seed_and_path_alone():
+    def factors(seed, **fields):
+        model = inject(tiny_model(), LoraConfig(r=4, **fields), seed=seed)
+        return {layer.path: layer.lora_A.weight.detach() for layer in lora_layers(model)}
+
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    all_seven, only_q, other = factors(5), factors(5, target_modules=["q_proj"]), factors(6)
+    model = tiny_model()
+    state = torch.get_rng_state()
+    inject(model, LoraConfig(r=4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(only_q) == 2
+    for path, a in only_q.items():
+        assert torch.equal(a, all_seven[path])
+        assert not torch.equal(a, other[path])
+    drawn = [a.flatten()[:8].tolist() for a in all_seven.values()]
+    assert len({tuple(values) for values in drawn}) == len(drawn)
+
+
+def test_inject_seed_defaults_to_torch_initial_seed():
+    given = inject(tiny_model(), LoraConfig(r=2), seed=11)
+    model = tiny_model()
+    torch.manual_seed(11)
+    implied = inject(model, LoraConfig(r=2))
+    for one, two in zip(lora_layers(given), lora_layers(implied), strict=True):
+        assert torch.equal(one.lora_A.weight, two.lora_A.weight)
+
+
+def test_inject_initialisations_follow_peft():
+    def first(init, rank):
+        model = inject(
+            tiny_model(hidden_size=64), LoraConfig(r=rank, init_lora_weights=init), seed=1
+        )
+        layer = next(lora_layers(model))
+        return layer.lora_A.weight.detach(), layer.lora_B.weight.detach()
+
+    a, b = first(True, 64)
+    assert 0.99 / 8 < a.abs().max() <= 1 / 8 and not b.any()
+    a, b = first("gaussian", 64)
+    # 4096 draws of standard deviation 1/64: their own deviation is within 5 standard errors of it.
+    assert abs(a.std().item() * 64 - 1) < 5 / (2 * a.numel()) ** 0.5 and not b.any()
+    a, b = first(False, 64)
+    assert a.any() and 0.99 / 8 < b.abs().max() <= 1 / 8
+
+
+@pytest.mark.parametrize(
+    ("fields", "paths"),
+    [
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": 1},
+            ["model.layers.1.self_attn.q_proj"],
+        ),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
+            ["model.layers.0.self_attn.q_proj"],
+        ),
+        (
+            {"target_modules": r".*\.1\..*(up|down)_proj"},
+            ["model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"],
+        ),
+        (
+            {
+                "target_modules": ["self_attn.q_proj"],
+                "exclude_modules": ["layers.0.self_attn.q_proj"],
+            },
+            ["model.layers.1.self_attn.q_proj"],
+        ),
+        (
+            {"target_modules": ["k_proj"], "exclude_modules": r"model\.layers\.1\..*"},
+            ["model.layers.0.self_attn.k_proj"],
+        ),
+        ({"target_modules": ["model.layers.0.mlp.gate_proj"]}, ["model.layers.0.mlp.gate_proj"]),
+    ],
+)
+def test_inject_targets_match_as_in_peft(fields, paths):
+    assert adapted(inject(tiny_model(), LoraConfig(r=2, **fields))) == paths
+
+
+def test_inject_all_linear_leaves_the_head_out_and_records_names():
+    model = inject(tiny_model(), LoraConfig(r=2, target_modules="all-linear"))
+    assert len(adapted(model)) == 14
+    assert injection(model).config.target_modules == sorted(SEVEN)
+
+
+def test_inject_uses_the_family_projections():
+    model = inject(tiny_model("phi3"), LoraConfig(r=2))
+    assert {path.rpartition(".")[2] for path in adapted(model)} == set(FAMILIES["phi3"].projections)
+
+
+def test_inject_follows_rank_and_alpha_patterns():
+    config = LoraConfig(
+        r=4, lora_alpha=8, rank_pattern={"down_proj": 6}, alpha_pattern={"layers.0.*": 3}
+    )
+    model = inject(tiny_model(), config)
+    ranks = {layer.path: (layer.rank, layer.scaling) for layer in lora_layers(model)}
+    assert ranks["model.layers.0.mlp.down_proj"] == (6, 0.5)
+    assert ranks["model.layers.1.mlp.down_proj"] == (6, 8 / 6)
+    assert ranks["model.layers.1.mlp.up_proj"] == (4, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"target_modules": ["q_prj"]}, ["'q_prj'", "matches nothing", "q_proj"]),
+        (
+            {"target_modules": ["self_attn.q_prox"]},
+            ["matches nothing", "model.layers.0.self_attn.q_proj"],
+        ),
+        ({"target_modules": ["zzz"]}, ["matches nothing", "down_proj, gate_proj"]),
+        ({"target_modules": r"q_proj"}, ["matches nothing", "whole path"]),
+        (
+            {"target_modules": ["q_proj", "self_attn.q_proj"]},
+            ["matched twice", "'q_proj' and 'self_attn.q_proj'"],
+        ),
+        ({"target_modules": ["mlp"]}, ["LlamaMLP", "torch.nn.Linear", "mlp.gate_proj"]),
+        ({"target_modules": ["input_layernorm"]}, ["LlamaRMSNorm", "torch.nn.Linear"]),
+        (
+            {"target_modules": ["q_proj", "lm_head"]},
+            ["lm_head is the output head", "not supported"],
+        ),
+        ({"target_modules": r".*(q_proj|lm_head)"}, ["lm_head is the output head"]),
+        ({"target_modules": ["embed_tokens"]}, ["embed_tokens is the table of token embeddings"]),
+        ({"exclude_modules": ["q_prj"]}, ["exclude_modules", "'q_prj'", "q_proj"]),
+        ({"exclude_modules": ["q_proj"]}, ["'q_proj'", "leave none"]),
+        ({"rank_pattern": {"q_prj": 4}}, ["rank_pattern", "'q_prj'", "q_proj"]),
+        ({"alpha_pattern": {"lm_head": 4}}, ["alpha_pattern", "'lm_head'"]),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": 7},
+            ["'q_proj'", "layers_to_transform=7"],
+        ),
+    ],
+)
+def test_inject_refuses_targets_and_leaves_the_model_alone(fields, words):
+    model = tiny_model()
+    modules = {name: id(module) for name, module in model.named_modules()}
+    with pytest.raises(InputError) as caught:
+        inject(model, LoraConfig(r=2, **fields))
+    for word in words:
+        assert word in str(caught.value)
+    assert {name: id(module) for name, module in model.named_modules()} == modules
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_inject_names_tying_when_the_head_is_tied():
+    with pytest.raises(InputError, match="tied to the token embeddings"):
+        inject(tiny_model("gemma"), LoraConfig(r=2, target_modules=["lm_head"]))
+
+
+def test_inject_refuses_shared_and_special_linears():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.Linear(4, 4)
+            self.two = nn.Linear(4, 4)
+            self.three = self.one
+            self.conv = nn.Conv1d(4, 4, 1)
+
+    net = Net()
+    with pytest.raises(InputError, match="one is matched twice: the same module stands at three"):
+        inject(net, LoraConfig(r=2, target_modules=["one"]))
+    net = Net()
+    net.two.weight = net.one.weight
+    with pytest.raises(InputError, match="weight of two is tied to one.weight"):
+        inject(net, LoraConfig(r=2, target_modules=["two"]))
+    with pytest.raises(InputError, match="conv is a Conv1d"):
+        inject(net, LoraConfig(r=2, target_modules=["conv"]))
+    net = Net()
+    net.two.register_forward_hook(lambda *_: None)
+    with pytest.raises(InputError, match="two carries hooks"):
+        inject(net, LoraConfig(r=2, target_modules=["two"]))
+
+    class Quantised(nn.Linear):
+        def forward(self, x):
+            return x
+
+    net.two = Quantised(4, 4)
+    with pytest.raises(InputError, match="two is a Quantised with a forward of its own"):
+        inject(net, LoraConfig(r=2, target_modules=["two"]))
+
+
+def test_lora_linear_masters_stay_fp32_under_casts():
+    model = inject(tiny_model(), LoraConfig(r=4), seed=2)
+    before = raw((name, p) for name, p in model.named_parameters() if "lora_" in name)
+    model.to(torch.bfloat16)
+    layer = next(lora_layers(model))
+    assert layer.weight.dtype == torch.bfloat16
+    assert raw((name, p) for name, p in model.named_parameters() if "lora_" in name) == before
+    assert model(tokens()).logits.dtype == torch.bfloat16
+
+
+def test_lora_linear_autocast_gives_the_bits_of_the_cast_layer():
+    model = inject(tiny_model(), LoraConfig(r=4, init_lora_weights=False))
+    layer, x = next(lora_layers(model)), torch.randn(5, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    direct = copy.deepcopy(layer).to(torch.bfloat16)(x.to(torch.bfloat16))
+    assert y.dtype == torch.bfloat16 and torch.equal(y, direct)
+
+
+def test_lora_linear_dropout_draws_anew_and_repeats_by_seed():
+    model = inject(tiny_model(), LoraConfig(r=4, lora_dropout=0.5, init_lora_weights=False))
+    layer, x = next(lora_layers(model)), torch.randn(6, 32)
+    torch.manual_seed(4)
+    one, two = layer(x), layer(x)
+    torch.manual_seed(4)
+    assert torch.equal(layer(x), one)
+    assert not torch.equal(one, two)
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_lora_linear_dropout_mask_is_its_own_for_every_projection():
+    model = inject(tiny_model(), LoraConfig(r=4, lora_dropout=0.5, init_lora_weights=False))
+    q = model.model.layers[0].self_attn.q_proj
+    twin = copy.deepcopy(q)
+    twin.path = q.path.replace("q_proj", "other")
+    x = torch.randn(16, 32)
+    with stream.use(stream.Stream(lengths=(10,), alignment=16, sample_ids=(7,), seed=1, step=2)):
+        assert torch.equal(q(x), q(x))
+        assert not torch.equal(q(x), twin(x))
+
+
+def test_lora_linear_dropout_refuses_rows_outside_the_stream():
+    model = inject(tiny_model(), LoraConfig(r=4, lora_dropout=0.5))
+    layer = next(lora_layers(model))
+    active = stream.Stream(lengths=(10,), alignment=16, sample_ids=(7,))
+    with stream.use(active), pytest.raises(InputError, match=f"{layer.path}: the input has 5 rows"):
+        layer(torch.randn(5, 32))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_lora_linear_checkpoint_repeats_the_mask(reentrant):
+    model = inject(tiny_model(), LoraConfig(r=4, lora_dropout=0.3, init_lora_weights=False))
+    layer = next(lora_layers(model))
+    x = torch.randn(6, 32, requires_grad=True)
+
+    def gradients(call):
+        torch.manual_seed(9)
+        layer.zero_grad()
+        y = call(x)
+        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        return raw([("a", layer.lora_A.weight.grad), ("b", layer.lora_B.weight.grad)])
+
+    plain = gradients(layer)
+    again = gradients(lambda x: checkpoint(layer, x, use_reentrant=reentrant))
+    assert again == plain
+
+
+def test_lora_linear_deepcopy_is_independent():
+    model = inject(tiny_model(), LoraConfig(r=4))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        next(lora_layers(twin)).lora_B.weight.fill_(1.0)
+    assert not next(lora_layers(model)).lora_B.weight.any()
+    eject(twin)
+    assert not list(lora_layers(twin)) and list(lora_layers(model))
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_head_of_gives_the_models_own_logits(model_type):
+    special = {"granite": {"logits_scaling": 3.0}, "gemma3_text": {"final_logit_softcapping": 5.0}}
+    extra = special.get(model_type, {})
+    model, ids = tiny_model(model_type, **extra).eval(), tokens()
+    with torch.no_grad():
+        decoder, weight, softcap, scale = head_of(model)
+        hidden = decoder(ids)
+        exact = hidden.double() @ weight.double().T * scale
+        size = hidden.double().abs() @ weight.double().abs().T * scale
+        if softcap is not None:
+            exact = softcap * torch.tanh(exact / softcap)
+        found = model(ids).logits.double()
+    # A sum of H fp32 products in any order, then a division and a soft-cap (three roundings and a
+    # tanh, whose slope is at most 1 and whose own error is at most 4 units): gamma_(H + 8) of the
+    # sum of absolute products.
+    unit = 2.0**-24
+    terms = hidden.shape[-1] + 8
+    bound = terms * unit / (1 - terms * unit) * size
+    assert (family_of(model).softcap_field is None) == (softcap is None)
+    assert ((found - exact).abs() <= bound).all()
+    assert (found.abs() > bound).any()
+
+
+def test_head_of_unknown_family_and_classifier_is_none():
+    model = tiny_model()
+    assert head_of(model.model) is None
+    model.config.model_type = "unheard-of"
+    assert head_of(model) is None
+
+
+def test_head_of_decoder_takes_position_ids():
+    model, ids = tiny_model().eval(), tokens(1)
+    decoder = head_of(model).decoder
+    places = torch.arange(ids.shape[1])[None]
+    assert torch.equal(decoder(ids, places), decoder(ids))
+    assert not torch.equal(decoder(ids, places * 3), decoder(ids))
+
+
+def test_batch_dependent_rope_names_the_kind():
+    assert batch_dependent_rope(tiny_model("gemma3_text")) is None
+    model = tiny_model(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    assert "dynamic" in batch_dependent_rope(model)
