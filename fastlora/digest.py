@@ -1,0 +1,193 @@
+"""What a set of tensors is, in 32 hex characters: an MD5 of its bytes, and a fingerprint made on the device.
+
+MD5 is what ``md5sum`` users trust, and slow for a base model; the fingerprint reads the same bytes where
+they lie (for frozen weights, and for the adapter at each step). Both are equal for equal bytes on any device.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastlora.callable_module import make_callable
+from fastlora.errors import InputError
+from fastlora.exact import lora_modules
+
+PREFIX = "base_model.model."  # what PEFT's files put before a module's path
+CHUNK = 2**18  # 32-bit words a fingerprint takes at once
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A and B of every LoRA linear under the names of the adapter file
+    (``base_model.model.<path>.lora_A.weight`` [r,K] and ``.lora_B.weight`` [N,r])."""
+    tensors = {}
+    for path, module in lora_modules(model):
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = module.lora_A.weight.detach()
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = module.lora_B.weight.detach()
+    if not tensors:
+        raise InputError("model: got one without LoRA linears; call fastlora.inject(model, config) first")
+    return tensors
+
+
+def frozen_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every stored tensor of ``model`` but A and B of its LoRA linears; one shared by two modules once."""
+    stored = set(model.state_dict(keep_vars=True))
+    adapter = {id(p) for _, m in lora_modules(model) for p in (m.lora_A.weight, m.lora_B.weight)}
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {n: t.detach() for n, t in named if n in stored and id(t) not in adapter}
+
+
+def tensor_md5(tensor: torch.Tensor) -> str:
+    """MD5 of the tensor's raw little-endian bytes in row-major order."""
+    data = _bytes(tensor).cpu().numpy()
+    if sys.byteorder == "big" and data.size:
+        data = np.ascontiguousarray(data.reshape(-1, tensor.element_size())[:, ::-1])
+    return hashlib.md5(data.reshape(-1), usedforsecurity=False).hexdigest()
+
+
+def tensor_md5s(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """:func:`tensor_md5` of every tensor, in parallel (hashing releases Python's lock)."""
+    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+        return dict(zip(tensors, pool.map(tensor_md5, tensors.values()), strict=True))
+
+
+def combine(tensors: Mapping[str, torch.Tensor], md5s: Mapping[str, str]) -> str:
+    """The digest from tensors whose MD5s are known already (only their headers are read)."""
+    lines = sorted(f"{_header(n, t)} {md5s[n]}" for n, t in tensors.items())
+    text = "".join(line + "\n" for line in lines)
+    return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+
+
+def digest(model_or_tensors: nn.Module | Mapping[str, torch.Tensor]) -> str:
+    """The adapter's digest: MD5 over the sorted lines ``name dtype shape md5(raw little-endian bytes)``.
+
+    Args:
+        model_or_tensors: a model with LoRA linears, whose A and B (fp32) go by their names in the adapter
+            file; or a dict of named tensors, for instance the loaded file itself: both give one digest.
+
+    Returns:
+        32 hex characters. A line reads ``<name> float32 [16,576] <md5>`` and ends with a newline.
+
+    Raises:
+        InputError: no LoRA linear in the model, or a tensor without data (device "meta").
+    """
+    tensors = model_or_tensors
+    if isinstance(tensors, nn.Module):
+        tensors = adapter_tensors(tensors)
+    return combine(tensors, tensor_md5s(tensors))
+
+
+def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A 128-bit fingerprint of named tensors, computed where they lie; for integrity, not against forgery.
+
+    The tensors, sorted by name and each padded with zero bytes to 32 bits, are one stream of words x_i. Two
+    sums of w_i x_i modulo 2**64, with fixed odd random weights w_i for every position, are taken on the
+    device: integer sums, so any order and any device give the same. The result is the MD5 of the two sums
+    and the lines ``name dtype shape``. A multilinear hash (Carter and Wegman 1979).
+
+    Returns:
+        32 hex characters.
+
+    Raises:
+        InputError: a tensor without data (device "meta").
+    """
+    ordered = {n: tensors[n] for n in sorted(tensors)}
+    parts = [_weighted(words) for words in _chunks(ordered.values())]
+    sums = [0, 0]
+    for index, pair in enumerate(_on_host(parts)):
+        for which in range(2):
+            sums[which] += pair[which] * _mix(2 * index + which)
+    head = "".join(f"{_header(n, t)}\n" for n, t in ordered.items())
+    text = "".join(f"{s % 2**64:016x}" for s in sums) + "\n" + head
+    return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+
+
+def frozen_fingerprint(model: nn.Module) -> str:
+    """:func:`fingerprint` of everything in ``model`` that training must not change: all stored weights and
+    buffers but A and B."""
+    return fingerprint(frozen_tensors(model))
+
+
+def _header(name: str, tensor: torch.Tensor) -> str:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return f"{name} {dtype} [{','.join(map(str, tensor.shape))}]"
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_meta:
+        raise InputError(f"tensor: got one of shape {tuple(tensor.shape)} without data (device meta)")
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes as int32 words, the last one padded with zero bytes."""
+    data = _bytes(tensor)
+    if data.numel() % 4:  # pad() copies even where it adds nothing
+        data = nn.functional.pad(data, (0, -data.numel() % 4))
+    if data.storage_offset() % 4:
+        data = data.clone()
+    return data.view(torch.int32)
+
+
+def _chunks(tensors: Iterator[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Cut the stream of words into chunks of ``CHUNK``, each a list of slices of tensors."""
+    chunk: list[torch.Tensor] = []
+    free = CHUNK
+    for tensor in tensors:
+        words = _words(tensor)
+        start = 0
+        while start < words.numel():
+            piece = words[start : start + free]
+            chunk.append(piece)
+            start += piece.numel()
+            free -= piece.numel()
+            if free == 0:
+                yield chunk
+                chunk, free = [], CHUNK
+    if chunk:
+        yield chunk
+
+
+def _weighted(pieces: list[torch.Tensor]) -> torch.Tensor:
+    """The two weighted sums of one chunk, int64[2], on the device of its first slice."""
+    device = pieces[0].device
+    words = torch.cat([p.to(device) for p in pieces]) if len(pieces) > 1 else pieces[0]
+    weights = _weights(device)[:, : words.numel()]
+    return torch.stack([(words * row).sum() for row in weights])
+
+
+def _on_host(parts: list[torch.Tensor]) -> list[list[int]]:
+    """All chunks' sums as Python integers, in order, with one wait per device."""
+    rows: list[list[int]] = [[] for _ in parts]
+    for device in {p.device for p in parts}:
+        places = [i for i, p in enumerate(parts) if p.device == device]
+        for i, row in zip(places, torch.stack([parts[i] for i in places]).tolist(), strict=True):
+            rows[i] = row
+    return rows
+
+
+@functools.lru_cache(maxsize=16)
+def _weights(device: torch.device) -> torch.Tensor:
+    """Odd int64 weights [2, CHUNK]: splitmix64 (Steele, Lea, Flood 2014) of the position, on the host."""
+    state = np.arange(1, 2 * CHUNK + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    state = (state ^ (state >> np.uint64(31))) | np.uint64(1)
+    return torch.from_numpy(state.view(np.int64).reshape(2, CHUNK)).to(device)
+
+
+def _mix(index: int) -> int:
+    """An odd 64-bit factor for a chunk, so that equal chunks in other places count differently."""
+    seed = hashlib.md5(f"chunk {index}".encode(), usedforsecurity=False).digest()
+    return int.from_bytes(seed[:8], "little") | 1
+
+
+make_callable(digest)
