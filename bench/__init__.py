@@ -1,0 +1,1 @@
+"""Performance regression suites and the compile gate (no GPU needed for the gate)."""

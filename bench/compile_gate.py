@@ -1,0 +1,189 @@
+"""Compile every kernel for every architecture without a GPU; report registers, spills, shared memory and instructions.
+
+``python -m bench.compile_gate`` prints the table of all cases; tests/compile holds a chosen few against the limits. Compiling
+only reports shared memory, so it is compared with the architecture's own limit here: a kernel that passes the compiler may
+still be one that cannot launch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import tempfile
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastlora.kernels import gemm as gemm_file
+from fastlora.kernels import project as project_file
+from fastlora.kernels import tables
+from fastlora.kernels import token_sum as token_sum_file
+from fastlora.kernels.tile import CHUNK
+
+_TYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One kernel build: operation, architecture, dtype, padded rank, shape [N, K] and variants."""
+
+    operation: str
+    arch: str
+    dtype: torch.dtype = torch.bfloat16
+    rank: int = 16
+    outer: int = 4096
+    inner: int = 4096
+    dropout: bool = False
+    exact: bool = True
+    transposed: bool = True
+
+    @property
+    def name(self) -> str:
+        """A label for tables and test ids."""
+        drop, mode = "-dropout" if self.dropout else "", "-exact" if self.exact else ""
+        side = "" if self.operation != "gemm" else "-forward" if self.transposed else "-dx"
+        mode = mode if self.operation in ("da", "db", "db_ds") else ""
+        return f"{self.operation}{side}-{self.arch}-{_TYPE[self.dtype]}-r{self.rank}-{self.outer}x{self.inner}{drop}{mode}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the compiler made of a case. Bytes for shared memory; counts of 32-bit registers a thread."""
+
+    registers: int
+    spills: int
+    shared: int
+    wgmma: int
+    tma: int
+
+
+def _target(arch: str) -> GPUTarget:
+    return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+
+
+def build_arguments(case: Case):
+    """(kernel, tile, signature by argument name, constants by argument name) as the library launches it."""
+    element = "*" + _TYPE[case.dtype]
+    drop = {"seed": "i64", "threshold": "i64", "keep_scale": "fp32"}
+    precision = "ieee" if case.dtype == torch.float32 else "tf32"
+    if case.operation == "project":
+        tile = tables.project_tile(case.arch, case.dtype, case.rank)
+        signature = {"p_x": element, "p_w": element, "p_s": element, "p_token": "*i64", "M": "i32", "scale": "fp32"} | drop
+        constants = dict(
+            F=case.inner, R=case.rank, W_R=case.inner, W_F=1, DROPOUT=case.dropout, PRECISION=precision,
+            BM=tile.bm, BF=tile.bk,
+        )  # fmt: skip
+        return project_file.project_kernel, tile, signature, constants
+    if case.operation in ("da", "db", "db_ds"):
+        with_ds = case.operation == "db_ds"
+        tile = tables.token_sum_tile(case.arch, case.dtype, case.rank, with_ds=with_ds)
+        signature = {"p_wide": element, "p_narrow": element, "p_out": "*i64" if case.exact else "*fp32"}
+        signature |= {"p_stats": "*i64" if case.exact else element, "p_b": element}
+        signature |= {"p_ds": "*fp32" if with_ds else element, "p_token": "*i64"}
+        signature |= {"M": "i32", "chunks": "i32", "walk": "i32", "first_chunk": "i64"} | drop
+        major = case.operation != "da"
+        features = case.outer if major else case.inner
+        constants = dict(
+            F=features, R=case.rank, RANK=case.rank, OUT_F=case.rank if major else 1, OUT_R=1 if major else features,
+            EXACT=case.exact, WITH_DS=with_ds, DROPOUT=case.dropout, PRECISION=precision, CHUNK=CHUNK,
+            BM=tile.bm, BF=tile.bn,
+        )  # fmt: skip
+        return token_sum_file.token_sum_kernel, tile, signature, constants
+    n, k = (case.outer, case.inner) if case.transposed else (case.inner, case.outer)
+    from fastlora.kernels.launch import can_use_tma, is_ragged
+
+    tma = can_use_tma(case.arch, case.dtype, n, k)
+    ragged = is_ragged(case.dtype, n, k)
+    tile = tables.gemm_tile(case.arch, case.dtype, dropout=case.dropout, tma=tma, ragged=ragged)
+    low = min(case.rank, tile.bk)
+    constants = dict(
+        N=n, K=k, R=case.rank, TRANSPOSED=case.transposed, BIAS=False, DROPOUT=case.dropout,
+        BM=tile.bm, BN=tile.bn, BK=tile.bk, BR=low, GROUP=tile.group,
+    )  # fmt: skip
+    if not tma:
+        signature = {name: element for name in ("p_x", "p_w", "p_s", "p_b", "p_bias", "p_y")}
+        signature |= {"p_token": "*i64", "M": "i32"} | drop
+        return gemm_file.gemm_kernel, tile, signature, constants | {"PRECISION": precision}
+
+    def blocks(rows, columns):
+        return f"tensordesc<{_TYPE[case.dtype]}[{rows}, {columns}]>"
+
+    across = (lambda depth: blocks(tile.bn, depth)) if case.transposed else (lambda depth: blocks(depth, tile.bn))
+    signature = {"d_x": blocks(tile.bm, tile.bk), "d_w": across(tile.bk), "d_s": blocks(tile.bm, low), "d_b": across(low)}
+    signature |= {"p_bias": element, "d_y": blocks(tile.bm, tile.bn // 2 if tile.halves else tile.bn)}
+    signature |= {"p_token": "*i64", "M": "i32"} | drop
+    constants |= dict(PROGRAMS=132, HALVES=tile.halves, FLATTEN=tile.flatten)
+    return gemm_file.gemm_tma_kernel, tile, signature, constants
+
+
+def compile_case(case: Case):
+    """(compiled kernel, its :class:`Report`)."""
+    kernel, tile, signature, constants = build_arguments(case)
+    names = kernel.arg_names
+    full = {name: signature.get(name, "constexpr") for name in names}
+    attributes = {
+        (names.index(name),): [["tt.divisibility", 16]] for name, kind in signature.items() if kind.startswith("*")
+    }
+    source = ASTSource(kernel, full, {(names.index(k),): v for k, v in constants.items()}, attributes)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=_target(case.arch), options=options)
+    return compiled, _report(compiled, case.arch)
+
+
+def _report(compiled, arch: str) -> Report:
+    shared = compiled.metadata.shared
+    if arch.startswith("gfx"):
+        text = compiled.asm["amdgcn"]
+        registers = int(re.search(r"\.vgpr_count:\s*(\d+)", text).group(1))
+        spills = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text).group(1))
+        return Report(registers, spills, shared, 0, 0)
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers = max(int(n) for n in re.findall(r"REG:(\d+)", usage))
+    # STACK holds what a thread keeps in local memory: spilled registers (no kernel here has arrays of its own).
+    spills = max(int(n) for n in re.findall(r"STACK:(\d+)", usage))
+    ptx = compiled.asm["ptx"]
+    return Report(registers, spills, shared, ptx.count("wgmma.mma_async"), ptx.count("cp.async.bulk.tensor"))
+
+
+def all_cases() -> list[Case]:
+    """Every case that the gate knows."""
+    cases = []
+    for arch in tables.ARCHITECTURES:
+        for rank in (16, 64, 256):
+            cases += [Case("gemm", arch, rank=rank), Case("gemm", arch, rank=rank, transposed=False)]
+            cases += [Case(op, arch, rank=rank) for op in ("project", "da", "db" if rank > 32 else "db_ds")]
+        cases += [Case("db_ds", arch, rank=32), Case("db", arch, rank=128), Case("da", arch, rank=128)]
+        cases += [Case("gemm", arch, transposed=False, dropout=True), Case("project", arch, dropout=True)]
+        cases += [Case("da", arch, dropout=True), Case("db_ds", arch, exact=False), Case("da", arch, exact=False)]
+        cases += [Case(op, arch, torch.float32) for op in ("gemm", "project", "da", "db_ds")]
+        cases += [Case("gemm", arch, outer=257, inner=129), Case("gemm", arch, torch.float16)]
+    return cases
+
+
+def main() -> None:
+    """Print the table; exit 1 if a case spills or needs more shared memory than its architecture has."""
+    bad = 0
+    for case in all_cases():
+        try:
+            _, report = compile_case(case)
+        except Exception as error:  # the table should show every case
+            print(f"{case.name:60s} FAILED {type(error).__name__}: {str(error)[:300]}", flush=True)
+            bad += 1
+            continue
+        limit = tables.SHARED_MEMORY[case.arch]
+        verdict = "ok" if report.shared <= limit and report.spills == 0 else "BAD"
+        bad += verdict != "ok"
+        print(f"{case.name:60s} {verdict:4s} {report} of {limit}", flush=True)
+    raise SystemExit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()

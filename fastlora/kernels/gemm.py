@@ -1,0 +1,166 @@
+"""The one GEMM of forward and backward: out = x W' + D'(s B') + bias, the rank-r product in the epilogue.
+
+Forward: Y = x W^T + S B^T + bias (W [N, K] transposed). Backward: dX = dY W + D'(dS A) (W as it lies). The
+accumulator is one fp32 chain over K in steps of BK, then over the padded rank; one rounding at the end. Neither tile
+height nor grid enters the order of an element's sum, so rows do not depend on M.
+
+Two kernels: pointers for every GPU and shape; bulk tensor copies (TMA) and a persistent grid on compute capability 9.0 and later
+when rows are multiples of 16 bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlora.kernels import launch
+from fastlora.kernels.tile import grouped_tile, keep_mask
+
+
+@triton.jit
+def low_rank_dropout(b_low, p_token, o_m, M, i_n, seed, threshold, keep_scale, BM: tl.constexpr, BN: tl.constexpr):
+    """D'(dS A): the backward of dropout, on the fp32 rank-r product."""
+    b_token = tl.load(p_token + o_m, mask=o_m < M, other=0)
+    b_keep = keep_mask(b_token, i_n, seed, threshold, BM, BN)
+    return tl.where(b_keep, b_low * keep_scale, 0.0)
+
+
+@triton.jit(do_not_specialize=["M", "seed", "threshold"])
+def gemm_kernel(
+    p_x, p_w, p_s, p_b, p_bias, p_y, p_token, M, seed: tl.int64, threshold: tl.int64, keep_scale,
+    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
+):
+    """p_x [M, K]; p_w [N, K] if TRANSPOSED else [K, N]; p_s [M, R]; p_b [N, R] or [R, N] alike; p_y [M, N]."""
+    i_m, i_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
+    o_m = i_m.to(tl.int64) * BM + tl.arange(0, BM)
+    o_n = i_n.to(tl.int64) * BN + tl.arange(0, BN)
+    m_m = o_m < M
+    m_n = o_n < N
+    b_acc = tl.zeros((BM, BN), dtype=tl.float32)
+    for i_k in range(0, K, BK):
+        o_k = i_k + tl.arange(0, BK)
+        m_k = o_k < K
+        b_x = tl.load(p_x + o_m[:, None] * K + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
+        o_w = o_k[:, None] + o_n[None, :] * K if TRANSPOSED else o_k.to(tl.int64)[:, None] * N + o_n[None, :]
+        b_w = tl.load(p_w + o_w, mask=m_k[:, None] & m_n[None, :], other=0.0)
+        b_acc = tl.dot(b_x, b_w, b_acc, input_precision=PRECISION)
+    if R > 0:
+        b_low = tl.zeros((BM, BN), dtype=tl.float32) if DROPOUT else b_acc
+        for i_r in tl.static_range(0, R, BR):
+            o_r = i_r + tl.arange(0, BR)
+            b_s = tl.load(p_s + o_m[:, None] * R + o_r[None, :], mask=m_m[:, None], other=0.0)
+            o_b = o_r[:, None] + o_n[None, :] * R if TRANSPOSED else o_r[:, None] * N + o_n[None, :]
+            b_b = tl.load(p_b + o_b, mask=m_n[None, :], other=0.0)
+            b_low = tl.dot(b_s, b_b, b_low, input_precision=PRECISION)
+        if DROPOUT:
+            b_acc += low_rank_dropout(b_low, p_token, o_m, M, i_n * BN, seed, threshold, keep_scale, BM, BN)
+        else:
+            b_acc = b_low
+    if BIAS:
+        b_acc += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    m_y = m_m[:, None] & m_n[None, :]
+    tl.store(p_y + o_m[:, None] * N + o_n[None, :], b_acc.to(p_y.dtype.element_ty), mask=m_y)
+
+
+@triton.jit(do_not_specialize=["M", "seed", "threshold"])
+def gemm_tma_kernel(
+    d_x, d_w, d_s, d_b, p_bias, d_y, p_token, M, seed: tl.int64, threshold: tl.int64, keep_scale,
+    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    GROUP: tl.constexpr, PROGRAMS: tl.constexpr, HALVES: tl.constexpr, FLATTEN: tl.constexpr,
+):
+    """As :func:`gemm_kernel`; d_* are tensor descriptors, whose loads fill edges with zeros and whose stores clip.
+
+    A persistent grid of PROGRAMS walks the tiles. HALVES: the tile leaves in two halves of BN / 2 columns, which halves the
+    shared memory of the store and leaves room for a third pipeline stage (measured: DESIGN of the kernels in docs/).
+    """
+    num_m = tl.cdiv(M, BM)
+    num_n = tl.cdiv(N, BN)
+    for tile in tl.range(tl.program_id(0), num_m * num_n, PROGRAMS, flatten=FLATTEN):
+        i_m, i_n = grouped_tile(tile, num_m, num_n, GROUP)
+        m0 = i_m * BM
+        n0 = i_n * BN
+        b_acc = tl.zeros((BM, BN), dtype=tl.float32)
+        for i_k in range(0, K, BK):
+            b_x = d_x.load([m0, i_k])
+            if TRANSPOSED:
+                b_acc = tl.dot(b_x, d_w.load([n0, i_k]).T, b_acc)
+            else:
+                b_acc = tl.dot(b_x, d_w.load([i_k, n0]), b_acc)
+        if R > 0:
+            b_low = tl.zeros((BM, BN), dtype=tl.float32) if DROPOUT else b_acc
+            for i_r in tl.static_range(0, R, BR):
+                b_s = d_s.load([m0, i_r])
+                if TRANSPOSED:
+                    b_low = tl.dot(b_s, d_b.load([n0, i_r]).T, b_low)
+                else:
+                    b_low = tl.dot(b_s, d_b.load([i_r, n0]), b_low)
+            if DROPOUT:
+                o_m = m0.to(tl.int64) + tl.arange(0, BM)
+                b_acc += low_rank_dropout(b_low, p_token, o_m, M, n0, seed, threshold, keep_scale, BM, BN)
+            else:
+                b_acc = b_low
+        if BIAS:
+            o_n = n0 + tl.arange(0, BN)
+            b_acc += tl.load(p_bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+        if HALVES:
+            b_left, b_right = tl.split(tl.permute(tl.reshape(b_acc, (BM, 2, BN // 2)), (0, 2, 1)))
+            d_y.store([m0, n0], b_left.to(d_y.dtype))
+            d_y.store([m0, n0 + BN // 2], b_right.to(d_y.dtype))
+        else:
+            d_y.store([m0, n0], b_acc.to(d_y.dtype))
+
+
+def gemm(x, weight, s=None, b=None, bias=None, *, transposed, dropout=None):
+    """out [M, N] = x W' + D'(s B') + bias.
+
+    Args:
+        x: [M, K] contiguous.
+        weight: [N, K] with ``transposed``, else [K, N]; contiguous, x's dtype.
+        s: [M, R] or None (no rank-r product: the frozen linear); b: [N, R] with ``transposed``, else [R, N].
+        bias: [N] or None.
+        dropout: None, or :class:`fastlora.kernels.launch.Dropout` for D'.
+    """
+    rows, inner = x.shape
+    outer = weight.shape[0] if transposed else weight.shape[1]
+    rank = 0 if s is None else s.shape[1]
+    out = torch.empty(rows, outer, device=x.device, dtype=x.dtype)
+    if rows == 0:
+        return out
+    arch = launch.arch_of(x)
+    drop = launch.dropout_arguments(dropout, x)
+    tma = launch.can_use_tma(arch, x.dtype, inner, outer)
+    ragged = launch.is_ragged(x.dtype, inner, outer)
+    tile = launch.gemm_tile(arch, x.dtype, dropout=drop.active, tma=tma, ragged=ragged)
+    low_rank = min(rank, tile.bk) if rank else 16
+    common = dict(
+        N=outer, K=inner, R=rank, TRANSPOSED=transposed, BIAS=bias is not None, DROPOUT=drop.active,
+        BM=tile.bm, BN=tile.bn, BK=tile.bk, BR=low_rank, GROUP=tile.group,
+    )  # fmt: skip
+    tiles = triton.cdiv(rows, tile.bm) * triton.cdiv(outer, tile.bn)
+    scalars = (rows, drop.seed, drop.threshold, drop.keep_scale)
+    if not tma:
+        s, b = (x, weight) if s is None else (s, b)
+        launch.run(
+            gemm_kernel, (tiles,), tile, x, weight, s, b, x if bias is None else bias, out, drop.tokens, *scalars,
+            **common, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        )
+        return out
+    describe = launch.descriptor
+    d_x = describe(x, tile.bm, tile.bk)
+    d_w = describe(weight, *((tile.bn, tile.bk) if transposed else (tile.bk, tile.bn)))
+    d_s, d_b = d_x, d_w
+    if rank:
+        d_s = describe(s, tile.bm, low_rank)
+        d_b = describe(b, *((tile.bn, low_rank) if transposed else (low_rank, tile.bn)))
+    d_y = describe(out, tile.bm, tile.bn // 2 if tile.halves else tile.bn)
+    programs = launch.persistent_programs(x.device)
+    launch.run(
+        gemm_tma_kernel, (min(programs, tiles),), tile,
+        d_x, d_w, d_s, d_b, x if bias is None else bias, d_y, drop.tokens, *scalars,
+        **common, PROGRAMS=programs, HALVES=tile.halves, FLATTEN=tile.flatten,
+    )
+    return out

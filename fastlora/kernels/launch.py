@@ -1,0 +1,114 @@
+"""How kernels are launched: architecture, dropout arguments, descriptors, grid sizes. Chooses nothing by the token count's bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastlora.kernels.tables import (
+    TMA_ARCHITECTURES,
+    Tile,
+    gemm_tile,
+    project_tile,
+    reduce_tile,
+    token_sum_tile,
+)
+
+__all__ = [
+    "Dropout", "arch_of", "can_use_tma", "chunks_per_program", "descriptor", "dropout_arguments", "gemm_tile", "is_ragged",
+    "padded_rank", "persistent_programs", "project_tile", "reduce_tile", "run", "token_sum_tile",
+]  # fmt: skip
+
+_BY_CAPABILITY = ((12, 0, "sm_120"), (10, 0, "sm_100"), (9, 0, "sm_90"), (8, 9, "sm_89"), (8, 6, "sm_86"), (8, 0, "sm_80"))
+
+
+@functools.cache
+def architecture(index: int) -> str | None:
+    """Key of the tile tables for a CUDA or ROCm device, or None when no row fits (the reference path is used then)."""
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        return "gfx942" if properties.gcnArchName.startswith(("gfx942", "gfx950", "gfx90a")) else None
+    for major, minor, name in _BY_CAPABILITY:
+        if (properties.major, properties.minor) >= (major, minor):
+            return name
+    return None
+
+
+def arch_of(tensor: torch.Tensor) -> str:
+    """Key of the tile tables for the device a tensor lies on; a CPU tensor means Triton's interpreter."""
+    return architecture(tensor.device.index) if tensor.is_cuda else "interpreter"
+
+
+@functools.cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def persistent_programs(device: torch.device) -> int:
+    """Programs of a persistent grid: one a multiprocessor."""
+    return _processors(device.index) if device.type == "cuda" else 3
+
+
+def chunks_per_program(chunks: int, blocks: int, device: torch.device) -> int:
+    """How many chunks one program of the token sums walks: about one program a multiprocessor.
+
+    Free of bits in exact mode (integers), and in fp32 mode a fixed function of the shape.
+    """
+    programs = _processors(device.index) if device.type == "cuda" else 2
+    return max(1, triton.cdiv(chunks * blocks, programs))
+
+
+def padded_rank(rank: int) -> int:
+    """Rank as the kernels store it: a power of two of at least 16 (the matrix instruction's depth)."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+def is_ragged(dtype: torch.dtype, *features: int) -> bool:
+    """Whether a row of that many features is no multiple of 16 bytes."""
+    return any(f * dtype.itemsize % 16 for f in features)
+
+
+def can_use_tma(arch: str, dtype: torch.dtype, *features: int) -> bool:
+    """Whether bulk tensor copies serve this shape: every row a multiple of 16 bytes, 16-bit dtype."""
+    return arch in TMA_ARCHITECTURES and dtype != torch.float32 and not is_ragged(dtype, *features)
+
+
+def descriptor(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Descriptor of a contiguous 2-D tensor for blocks of [rows, columns]."""
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns])
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Dropout of one projection: probability, 63-bit seed (run, step and module), one int64 key a token [M]."""
+
+    p: float
+    seed: int
+    tokens: torch.Tensor
+
+
+class _DropoutArguments(NamedTuple):
+    active: bool
+    tokens: torch.Tensor
+    seed: int
+    threshold: int
+    keep_scale: float
+
+
+def dropout_arguments(dropout: Dropout | None, filler: torch.Tensor) -> _DropoutArguments:
+    """Kernel arguments for a dropout, or for none (``filler`` stands in for the unused pointer)."""
+    if dropout is None:
+        return _DropoutArguments(False, filler, 0, 0, 1.0)
+    return _DropoutArguments(
+        True, dropout.tokens, dropout.seed, int(dropout.p * 2**32), 1.0 / (1.0 - dropout.p)
+    )
+
+
+def run(kernel, grid: tuple[int, ...], tile: Tile, *arguments, **constants) -> None:
+    """Launch. FP fusion is said explicitly, because its default differs between Triton releases and it changes bits."""
+    kernel[grid](*arguments, **constants, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)

@@ -1,0 +1,123 @@
+"""Tile tables by architecture: committed, never tuned at run time, never chosen by the token count.
+
+What fixes an element's bits (the depth of a K step, the instruction's shape) may depend on features, rank, dtype and
+architecture alone. The rows for sm_90 were measured on an H100 (docs/kernels.md holds date, figures and runners-up); the others are
+chosen to launch within the architecture's shared memory and to spill nothing, which tests/gpu and the compile gate hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Launch parameters of one kernel: block sizes (rows, columns, reduction depth), warps, pipeline stages."""
+
+    bm: int
+    bn: int = 0
+    bk: int = 0
+    warps: int = 4
+    stages: int = 3
+    group: int = 8
+    halves: bool = False
+    flatten: bool = False
+
+
+# Shared memory one block may use, in bytes (NVIDIA CUDA C++ programming guide, table of compute capabilities; AMD CDNA3 ISA).
+SHARED_MEMORY = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
+ARCHITECTURES = tuple(SHARED_MEMORY)
+# Bulk tensor copies (TMA) and the wide tile they feed. sm_120 has them too, but not the shared memory of this tile.
+TMA_ARCHITECTURES = ("sm_90", "sm_100")
+
+_GEMM = {
+    "sm_80": Tile(128, 128, 32, warps=8, stages=4),
+    "sm_86": Tile(128, 128, 32, warps=8, stages=3),
+    "sm_89": Tile(128, 128, 32, warps=8, stages=3),
+    "sm_90": Tile(128, 128, 64, warps=8, stages=3),
+    "sm_100": Tile(128, 128, 64, warps=8, stages=3),
+    "sm_120": Tile(128, 128, 32, warps=8, stages=3),
+    "gfx942": Tile(128, 128, 32, warps=8, stages=2),
+    # Small blocks: the interpreter runs a tile at a time in numpy, and small shapes should still have edges.
+    "interpreter": Tile(32, 32, 32, warps=4, stages=1),
+}
+_GEMM_FP32 = {"interpreter": Tile(32, 32, 32, warps=4, stages=1)}
+_GEMM_FP32_DEFAULT = Tile(64, 64, 32, warps=8, stages=2)
+_GEMM_TMA = {
+    "sm_90": Tile(128, 256, 64, warps=8, stages=3, halves=True, flatten=True),
+    # The flattened loop does not compile for sm_100 (Triton 3.9: TritonGPUHoistTMEMAlloc fails).
+    "sm_100": Tile(128, 256, 64, warps=8, stages=3, halves=True),
+}
+# Dropout keeps two fp32 accumulators (base and rank-r product): half the columns, or registers spill.
+_GEMM_TMA_DROPOUT = Tile(128, 128, 64, warps=8, stages=3, flatten=False)
+_GEMM_DROPOUT_BN = 64
+# Rows that are no multiple of 16 bytes load element by element, with an address for each: a small tile, or registers spill.
+_GEMM_RAGGED = Tile(64, 64, 32, warps=4, stages=2)
+
+
+def gemm_tile(arch: str, dtype: torch.dtype, *, dropout: bool, tma: bool, ragged: bool = False) -> Tile:
+    """Tile of the GEMM with rank-r epilogue. ``ragged``: a row of an operand is no multiple of 16 bytes."""
+    if tma:
+        return _GEMM_TMA_DROPOUT if dropout else _GEMM_TMA[arch]
+    if ragged and arch != "interpreter":
+        return _GEMM_RAGGED
+    if dtype == torch.float32:
+        tile = _GEMM_FP32.get(arch, _GEMM_FP32_DEFAULT)
+    else:
+        tile = _GEMM[arch]
+    if dropout and tile.bn > _GEMM_DROPOUT_BN:
+        tile = dataclasses.replace(tile, bn=_GEMM_DROPOUT_BN)
+    return tile
+
+
+def project_tile(arch: str, dtype: torch.dtype, rank: int) -> Tile:
+    """Tile of S = x A^T: bm rows, bk features a step."""
+    if arch == "interpreter":
+        return Tile(32, bk=32, warps=4, stages=1)
+    if dtype == torch.float32:
+        return Tile(32, bk=32, warps=4 if rank <= 128 else 8, stages=2)
+    if arch == "gfx942":
+        return Tile(64, bk=64, warps=4, stages=2)
+    small = SHARED_MEMORY[arch] < 128 * 1024
+    if rank <= 32:
+        return Tile(64, bk=128, warps=4, stages=4 if small else 6)
+    if rank <= 128:
+        return Tile(64, bk=64, warps=4, stages=3 if small else 4)
+    return Tile(64, bk=64, warps=8, stages=2 if small else 3)
+
+
+def token_sum_tile(arch: str, dtype: torch.dtype, rank: int, *, with_ds: bool) -> Tile:
+    """Tile of the token sums: bm tokens a step (a divisor of the 128-token chunk), bn features of the result."""
+    if arch == "interpreter":
+        return Tile(32, 32, warps=4, stages=1)
+    if dtype == torch.float32:
+        return Tile(32, 64 if rank <= 64 else 32, warps=4 if rank <= 64 else 8, stages=2)
+    small = SHARED_MEMORY[arch] < 128 * 1024
+    if with_ds:
+        if arch == "gfx942":
+            return Tile(64, 64, warps=4, stages=2)
+        if small:
+            return Tile(64, 128 if rank <= 16 else 64, warps=4, stages=2)
+        return Tile(64, 256 if rank <= 16 and arch == "sm_90" else 128, warps=4 if rank <= 16 else 8, stages=3)
+    if rank <= 64:
+        return Tile(64, 64, warps=8 if arch == "sm_120" else 4, stages=2)
+    return Tile(32 if arch == "gfx942" else 64, 64 if rank <= 128 else 32, warps=8, stages=2)
+
+
+def reduce_tile(rank: int) -> Tile:
+    """Tile of the reduction of dS partials: bm rows of the padded rank."""
+    return Tile(max(1, 1024 // rank), warps=4, stages=2)
+
+
+# Above this padded rank the partials of dS cost more traffic than a second pass over dY, so dS is a skinny product of its own.
+DS_IN_TOKEN_SUM_MAX_RANK = 32

@@ -1,0 +1,74 @@
+"""The LoRA linear by Triton kernels: the same signatures as ops/reference.py, on padded ranks.
+
+S, dS and the 16-bit copies of A and B are stored with the rank padded to a power of two of at least 16 (zeros), so no kernel masks the
+rank and the matrix instruction's depth is always full.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastlora.kernels.gemm import gemm
+from fastlora.kernels.launch import Dropout, padded_rank
+from fastlora.kernels.project import project
+from fastlora.kernels.tables import DS_IN_TOKEN_SUM_MAX_RANK
+from fastlora.kernels.token_sum import token_sum
+
+
+def kernel_ready(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous and 16-byte aligned: itself if it is so already, else a copy.
+
+    Triton specialises a binary on the alignment of pointers; a copy keeps one binary, and one set of bits.
+    """
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
+def _dropout(p: float, key) -> Dropout | None:
+    return None if p == 0.0 else Dropout(p, key.seed, kernel_ready(key.tokens))
+
+
+def padded_a(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A [r, K] cast to ``dtype`` and padded with zero rows to [R, K]."""
+    rank = padded_rank(a.shape[0])
+    if rank == a.shape[0]:
+        return kernel_ready(a.detach().to(dtype))
+    out = a.new_zeros(rank, a.shape[1], dtype=dtype)
+    out[: a.shape[0]] = a.detach()
+    return out
+
+
+def padded_b(b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """B [N, r] cast to ``dtype`` and padded with zero columns to [N, R]."""
+    rank = padded_rank(b.shape[1])
+    if rank == b.shape[1]:
+        return kernel_ready(b.detach().to(dtype))
+    out = b.new_zeros(b.shape[0], rank, dtype=dtype)
+    out[:, : b.shape[1]] = b.detach()
+    return out
+
+
+def forward_triton(x, weight, a, b, scale, bias=None, dropout=0.0, key=None):
+    """(y [M, N], s [M, R]); R the padded rank. See ``reference.forward_ref``."""
+    x, weight = kernel_ready(x), kernel_ready(weight)
+    s = project(x, padded_a(a, x.dtype), scale, _dropout(dropout, key))
+    bias = None if bias is None else kernel_ready(bias)
+    return gemm(x, weight, s, padded_b(b, x.dtype), bias, transposed=True), s
+
+
+def backward_triton(
+    dy, x, weight, a, b, s, scale, dropout=0.0, key=None, *, needs_dx=True, sums_a=None, sums_b=None
+):
+    """(dx or None, da or None, db or None). See ``reference.backward_ref``."""
+    dy, x, weight, s = kernel_ready(dy), kernel_ready(x), kernel_ready(weight), kernel_ready(s)
+    rank = a.shape[0]
+    b_padded = padded_b(b, x.dtype)
+    drop = _dropout(dropout, key)
+    if s.shape[1] <= DS_IN_TOKEN_SUM_MAX_RANK:
+        db, ds = token_sum(dy, s, rank, feature_major=True, exact=sums_b, b=b_padded, ds_scale=scale)
+    else:
+        ds = project(dy, b_padded, scale, transposed=True)
+        db, _ = token_sum(dy, s, rank, feature_major=True, exact=sums_b)
+    dx = gemm(dy, weight, ds, padded_a(a, x.dtype), transposed=False, dropout=drop) if needs_dx else None
+    da, _ = token_sum(x, ds, rank, feature_major=False, exact=sums_a, dropout=drop)
+    return dx, da, db
