@@ -176,12 +176,9 @@ def accumulate(
     """
     value = sum((p.value @ q.value for p, q in pairs), start=sum(e.value for e in extras))
     total = sum((p.magnitude @ q.magnitude for p, q in pairs), start=sum(e.magnitude for e in extras))
-    carried = sum(
-        (p.value.abs() @ q.radius + p.radius @ q.magnitude for p, q in pairs),
-        start=sum(e.radius for e in extras),
-    )
     zero = torch.zeros((), dtype=torch.float64)
-    count = sum((nonzero(p) @ nonzero(q) for p, q in pairs), start=zero)
+    carried = sum((_carried(p, q) for p, q in pairs), start=sum(e.radius for e in extras))
+    count = sum((_terms(p, q) for p, q in pairs), start=zero)
     if longest is not None:
         count = count.clamp(max=float(longest))
     count = count + sum((nonzero(e) for e in extras), start=zero)
@@ -195,6 +192,24 @@ def accumulate(
             fine = total <= accumulator.exact_integers * grid
             rounded = torch.where(fine, torch.zeros_like(rounded), rounded)
     return Bounded(value, carried + rounded)
+
+
+def _carried(p: Bounded, q: Bounded) -> torch.Tensor:
+    """|p| e_q + e_p (|q| + e_q), without the products that are zero."""
+    carried = torch.zeros((), dtype=torch.float64)
+    if bool(q.radius.any()):
+        carried = carried + p.value.abs() @ q.radius
+    if bool(p.radius.any()):
+        carried = carried + p.radius @ q.magnitude
+    return carried
+
+
+def _terms(p: Bounded, q: Bounded) -> torch.Tensor:
+    """How many products of each element are not zero; counts below 2^24 are exact in fp32."""
+    left, right = p.magnitude > 0, q.magnitude > 0
+    if bool(left.all()) and bool(right.all()):
+        return torch.tensor(float(p.value.shape[1]), dtype=torch.float64)
+    return (left.float() @ right.float()).double()
 
 
 def nonzero(b: Bounded) -> torch.Tensor:

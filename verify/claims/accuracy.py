@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import time
 
-import torch
-
 from verify import graphs, oracle
-from verify.bounds import Bounded
 from verify.claims.outcome import Budget, Outcome
-from verify.judge import judge
+from verify.judge import around, judge
 from verify.oracle.linear import scale_of
 from verify.strategies import DTYPES, LinearCase, ordered
 from verify.subject import EXACT, LinearInputs, LinearResult, Refused, Subject
@@ -86,17 +83,8 @@ def bounds_of(inputs: LinearInputs, result: LinearResult, rules, divisor: float)
     y = oracle.lora_linear_forward(x, weight, a, b, scale, bias, keep=keep, p=inputs.dropout)
     grads = oracle.lora_linear_backward(dy, x, weight, a, b, scale, keep=keep, p=inputs.dropout)
     return graphs.LinearBounds(
-        y=_around(y, radii.y),
-        dx=_around(grads.dx, radii.dx),
-        da=_around(grads.da / divisor, radii.da),
-        db=_around(grads.db / divisor, radii.db),
+        y=around(y, radii.y),
+        dx=around(grads.dx, radii.dx),
+        da=around(grads.da / divisor, radii.da),
+        db=around(grads.db / divisor, radii.db),
     )
-
-
-def _around(value: torch.Tensor, bound: Bounded) -> Bounded:
-    """The graph's radius around the oracle's value, widened by how far float64 sums of the two differ.
-
-    That difference is float64 rounding (about 2^-52 of the terms), 2^-29 of an fp32 radius; where the
-    radius is 0 all sums are exact and the two agree.
-    """
-    return Bounded(value, bound.radius + (value - bound.value).abs())

@@ -1,0 +1,195 @@
+"""splits: the gradients of a global batch do not depend on how it was cut into micro-batches.
+
+With the controls without which one digest proves nothing: the cuts that ran differ, everything moved, float
+sums on the same cuts give more than one digest, and dropout 0.1 gives another result than 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from verify import graphs
+from verify.claims.outcome import Budget, Outcome
+from verify.judge import judge
+from verify.oracle.digest import md5_of_tensors
+from verify.oracle.linear import scale_of
+from verify.strategies import DTYPES, SplitCase, cuts_of, ordered
+from verify.subject import EXACT, GRAD, Cut, Documents, SplitResult, Subject, TrainCase
+
+NAME = "splits"
+STATEMENT = (
+    "Cutting a global batch into micro-batches in any sizes and order gives the same bits of dA, dB, y and "
+    "dx, and of the adapter after N steps, for subjects that claim it, and gradients within their bound for "
+    "the others; different cuts really ran, every tensor moved, float sums differ, and dropout changes the result."
+)
+
+# Of this many cases in a row one trains a model and the others cut a single linear.
+ROUND = 4
+# float sums of one batch may agree by chance on a small one; over this many batches they do not.
+ENOUGH_FOR_FLOATS = 3
+
+
+@dataclass
+class _Floats:
+    """Over all cases of one kind: whether float sums on the same cuts ever differed."""
+
+    cases: int = 0
+    differed: int = 0
+    names: list[str] = field(default_factory=list)
+
+
+def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
+    """Single linears and whole trainings by turns, in the order of ``seed``."""
+    out, begun = Outcome(NAME, STATEMENT, subject.name), time.monotonic()
+    linear, trainer = subject.linear, subject.trainer
+    if trainer is not None and not trainer.bitwise_splits:
+        out.note(f"whole model not tried: {trainer.why_not}")
+        trainer = None
+    if linear is None and trainer is None:
+        out.reason = "the subject has neither a LoRA linear nor a trainer that claims splits"
+        return out
+    names = () if linear is None else tuple(n for n, d in DTYPES.items() if d in linear.dtypes)
+    linears = iter(ordered("split", names, seed) if linear else ())
+    trainings = iter(ordered("train", (), seed, 60) if trainer else ())
+    floats = {"linear": _Floats(), "model": _Floats()}
+    while budget.more(out.cases) and not (budget.stop_at_failure and out.failures):
+        training = linear is None or (trainer is not None and out.cases % ROUND == 0)
+        case = next(trainings if training else linears, None)
+        if case is None:
+            break
+        out.cases += 1
+        out.tags |= {subject.device, *subject.tags}
+        try:
+            if training:
+                _model(subject, case, out, floats["model"])
+            else:
+                out.tags.add(case.dtype)
+                _linear(subject, case, out, floats["linear"])
+        except Exception as error:  # a crash of the subject is a failure of the claim, told with the case
+            out.fail(f"raised {type(error).__name__}: {error}; {subject.name}, {case!r}")
+    for kind, seen in floats.items():
+        _floats_differ(kind, seen, out)
+    out.note("bits equal" if linear is None or linear.bitwise_splits else "bits not claimed: judged by bound")
+    out.seconds = time.monotonic() - begun
+    return out
+
+
+def _floats_differ(kind: str, seen: _Floats, out: Outcome) -> None:
+    """The control against a test too weak to see a sum's order."""
+    if seen.cases == 0:
+        return
+    out.note(f"control, {kind}: float sums on the same cuts gave more than one digest in {seen.differed} of "
+             f"{seen.cases} cases")
+    if seen.cases >= ENOUGH_FOR_FLOATS and seen.differed == 0:
+        out.fail(f"control: float sums never differed between cuts ({kind}): these cuts prove nothing")
+
+
+def _documents(case: SplitCase, device: str) -> tuple[list, list, tuple]:
+    draw = torch.Generator().manual_seed(case.seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=draw)
+
+    dtype = DTYPES[case.dtype]
+    x = [normal(length, case.k).to(dtype).to(device) for length in case.lengths]
+    dy = [normal(length, case.n).to(dtype).to(device) for length in case.lengths]
+    weight = (normal(case.n, case.k) / case.k**0.5).to(dtype)
+    a, b = normal(case.r, case.k) / case.k**0.5, normal(case.n, case.r) / case.r**0.5
+    return x, dy, tuple(t.to(device) for t in (weight, a, b))
+
+
+def _linear(subject: Subject, case: SplitCase, out: Outcome, floats: _Floats) -> None:
+    part = subject.linear
+    mode = EXACT if EXACT in part.modes else GRAD
+    x, dy, (weight, a, b) = _documents(case, subject.device)
+    cuts = cuts_of(len(case.lengths), case.seed)
+
+    def go(cut: Cut, mode: str, dropout: float = case.dropout) -> SplitResult:
+        parts = [
+            Documents(tuple(1000 + i for i in group), [x[i] for i in group], [dy[i] for i in group],
+                      weight, a, b, 8.0, dropout, case.seed)
+            for group in cut
+        ]
+        return part.accumulate(parts, mode)
+
+    results = {name: go(cut, mode) for name, cut in cuts.items()}
+    where = f"{subject.name}, {case!r}"
+    _cuts_differ({name: r.ran for name, r in results.items()}, cuts, out, where)
+    first = results["all"]
+    for name in ("da", "db"):
+        out.check(bool(getattr(first, name).any()), f"control: {name} is all zeros; {where}")
+    if part.bitwise_splits:
+        digests = {name: md5_of_tensors({"da": r.da, "db": r.db}) for name, r in results.items()}
+        _one_digest(digests, "dA and dB", out, where)
+        for name, result in results.items():
+            same = all(torch.equal(p, q) for i in first.rows for p, q in zip(first.rows[i], result.rows[i]))
+            out.check(same, f"y or dx of a document has other bits in '{name}' than in 'all'; {where}")
+    if case.dropout == 0:
+        within = results if not part.bitwise_splits else {"all": first}
+        for name, result in within.items():
+            _within_bound(part, mode, case, (x, dy, weight, a, b), result, out, f"'{name}', {where}")
+        wet = go(cuts["all"], mode, 0.1)
+        out.check(not torch.equal(wet.da, first.da), f"control: dropout 0.1 gives the same dA as 0; {where}")
+    elif GRAD in part.modes:
+        floats.cases += 1
+        kinds = {md5_of_tensors({"da": r.da, "db": r.db}) for r in (go(c, GRAD) for c in cuts.values())}
+        floats.differed += len(kinds) > 1
+
+
+def _within_bound(part, mode, case: SplitCase, tensors, result: SplitResult, out: Outcome, where: str) -> None:
+    x, dy, weight, a, b = tensors
+    rules, scale = part.roundings(DTYPES[case.dtype], mode), scale_of(8.0, case.r, False)
+    bounds = graphs.lora_linear(
+        torch.cat(x), weight, a, b, scale, None, torch.cat(dy), None, 0.0, rules, documents=len(x)
+    )
+    for name in ("da", "db"):
+        judged = judge(getattr(result, name), getattr(bounds, name))
+        out.share(judged.share, f"{judged.sentence(name)}; {where}")
+
+
+def _cuts_differ(ran: dict[str, tuple], cuts: dict[str, Cut], out: Outcome, where: str) -> None:
+    """Every cut made as many forwards as it has parts, and equal tokens in all."""
+    for name, sizes in ran.items():
+        out.check(
+            len(sizes) == len(cuts[name]) and sum(sizes) == sum(ran["all"]),
+            f"control: cut '{name}' has {len(cuts[name])} micro-batches, and forwards of {sizes} tokens ran; {where}",
+        )
+
+
+def _one_digest(digests: dict[str, str], what: str, out: Outcome, where: str) -> None:
+    kinds = set(digests.values())
+    if len(kinds) > 1:
+        told = ", ".join(f"{name}: {digest[:8]}" for name, digest in digests.items())
+        out.fail(f"{what} differ between cuts of one batch ({told}); {where}")
+
+
+def _model(subject: Subject, case: TrainCase, out: Outcome, floats: _Floats) -> None:
+    """One training under many cuts, with and without dropout, with one and two threads on CPU."""
+    trainer, where = subject.trainer, f"{subject.name}, {case!r}"
+    cuts = cuts_of(len(case.lengths), case.seed)
+    finals = {}
+    for dropout in (0.0, 0.1):
+        wet = dataclasses.replace(case, dropout=dropout)
+        results = {name: trainer.train(wet, cut) for name, cut in cuts.items()}
+        if subject.device == "cpu":
+            two = dataclasses.replace(wet, threads=2)
+            results["pairs, two threads"] = trainer.train(two, cuts["pairs"])
+        by_cut = cuts | {"pairs, two threads": cuts["pairs"]}
+        for step in range(case.steps):
+            ran = {name: r.ran[step] for name, r in results.items()}
+            _cuts_differ(ran, by_cut, out, f"step {step + 1}, dropout {dropout}, {where}")
+            digests = {name: md5_of_tensors(r.after[step]) for name, r in results.items()}
+            _one_digest(digests, f"adapters after step {step + 1} with dropout {dropout}", out, where)
+        first = results["all"]
+        still = [name for name in first.before if torch.equal(first.before[name], first.after[-1][name])]
+        out.check(not still, f"control: {still[:3]} did not move in {case.steps} steps; {where}")
+        out.check(first.frozen[0] == first.frozen[1], f"frozen weights changed; {where}")
+        finals[dropout] = md5_of_tensors(first.after[-1])
+    out.check(finals[0.0] != finals[0.1], f"control: dropout 0.1 trains the same adapter as 0; {where}")
+    floats.cases += 1
+    some = [trainer.train(case, cuts[name], float_sums=True) for name in ("all", "one each", "pairs")]
+    floats.differed += len({md5_of_tensors(r.gradients[-1]) for r in some}) > 1
