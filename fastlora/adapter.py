@@ -177,9 +177,8 @@ def _check_tensors(
     )
     if missing or unexpected:
         raise InputError(
-            f"{file}: does not fit the model and the configuration: missing {_some(missing)}; "
-            "unexpected "
-            f"{_some(unexpected)}"
+            f"{file}: does not fit the model and the configuration: "
+            f"missing {_some(missing)}; unexpected {_some(unexpected)}"
         )
     for key, shape in wanted.items():
         tensor = tensors[key]

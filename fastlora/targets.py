@@ -43,6 +43,7 @@ def resolve_targets(
         _check_unshared(path, paths[path], paths, owners)
     if not lenient:
         _check_patterns(config, found)
+    config = _sort_patterns(config, found)
     return {path: paths[path] for path in found}, config
 
 
@@ -225,6 +226,20 @@ def _check_patterns(config: LoraConfig, found: list[str]) -> None:
             if not any(pattern_matches(key, path) or key == path for path in found):
                 near = _near(key, found)
                 raise InputError(f"{name}: {key!r} matches none of the targets; allowed: {near}")
+
+
+def _sort_patterns(config: LoraConfig, found: list[str]) -> LoraConfig:
+    """Patterns with sorted keys (stable files) where that order means the same for every target."""
+    ordered = replace(
+        config,
+        rank_pattern=dict(sorted(config.rank_pattern.items())),
+        alpha_pattern=dict(sorted(config.alpha_pattern.items())),
+    )
+    for path in found:
+        before = (config.rank_for(path), config.alpha_for(path))
+        if before != (ordered.rank_for(path), ordered.alpha_for(path)):
+            return config
+    return ordered
 
 
 def _nothing(what: str, names: list[str] | str, paths: dict[str, nn.Module]) -> str:

@@ -35,3 +35,11 @@ def tokens(rows: int = 2, length: int = 12, vocabulary: int = 96, seed: int = 1)
     return torch.randint(
         3, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed)
     )
+
+
+def raw(tensors) -> dict[str, bytes]:
+    """The raw bytes of named tensors, to compare bit for bit."""
+    return {
+        name: tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+        for name, tensor in tensors
+    }

@@ -14,14 +14,7 @@ from fastlora.config import SEVEN, LoraConfig
 from fastlora.errors import InputError
 from fastlora.families import FAMILIES, batch_dependent_rope, family_of, head_of
 from fastlora.inject import eject, inject, injection, lora_layers
-from tests.models import tiny_model, tokens
-
-
-def raw(tensors) -> dict[str, bytes]:
-    return {
-        name: tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
-        for name, tensor in tensors
-    }
+from tests.models import raw, tiny_model, tokens
 
 
 def adapted(model) -> list[str]:

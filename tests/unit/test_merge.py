@@ -9,8 +9,7 @@ from fastlora.config import LoraConfig
 from fastlora.errors import InputError
 from fastlora.inject import eject, inject, lora_layers
 from fastlora.merge import merge, merge_cost, unmerge
-from tests.models import tiny_model, tokens
-from tests.unit.test_inject import raw
+from tests.models import raw, tiny_model, tokens
 
 
 def injected(dtype=torch.float32):
