@@ -187,13 +187,12 @@ class TrainConfig:
         return pathlib.Path(self.output)
 
 
-# Fields that do not change the adapter's bytes: they may differ between a checkpoint and its --resume.
-FREE_ON_RESUME = frozenset({
-    "data", "output", "model", "gguf_file", "eval_data", "micro_batch_size", "gradient_accumulation_steps",
-    "micro_batch_tokens", "device", "resume", "overwrite", "checkpoint_every", "keep_checkpoints",
-    "eval_every", "digest_every", "save_dtype", "tensorboard", "strict", "trust_remote_code", "epochs", "steps",
-    "max_length", "on_bad_row", "on_long_row", "dtype",
-})  # what was read, on which device and in which dtype, and the number of steps are compared as they came out
+# Fields that decide the adapter's bytes: a checkpoint of other values is refused by --resume. Model, data,
+# number of steps and dtype are compared as they came out, not as they were asked for.
+DECIDES_BYTES = (
+    "batch_size", "learning_rate", "lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm",
+    "gradient_scale", "seed", "shuffle",
+)
 
 
 def learning_rates(config: TrainConfig, steps: int) -> list[float]:

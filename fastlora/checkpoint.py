@@ -1,0 +1,174 @@
+"""Checkpoints: adapter, optimiser and position, without pickle, each whole or not at all.
+
+A checkpoint is a folder ``checkpoints/step-00000010`` with ``adapter.safetensors``,
+``optimizer.safetensors`` and ``state.json``. It is written under another name and renamed; its
+``state.json`` holds the MD5 of the other two, so that one cut short is recognised and passed over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fastlora.digest import adapter_tensors
+from fastlora.errors import InputError, TrainingError
+
+STATE_FILE = "state.json"
+TENSOR_FILES = ("adapter.safetensors", "optimizer.safetensors")
+LAYOUT = 1  # goes up when an older reader could no longer read the folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """One whole checkpoint that was read.
+
+    Attributes:
+        step: optimiser steps done. ``path``: its folder.
+        identity: what the run was made of, by name; must be the same to go on.
+        extra: what the trainer keeps beside (held-out losses, versions).
+        adapter: fp32 tensors by the adapter file's names.
+        optimizer: ``state_dict`` of the optimiser.
+        notes: a sentence for every newer checkpoint that was damaged.
+    """
+
+    step: int
+    path: pathlib.Path
+    identity: dict
+    extra: dict
+    adapter: dict[str, torch.Tensor]
+    optimizer: dict
+    notes: tuple[str, ...] = ()
+
+
+def save(
+    folder: str | os.PathLike, step: int, model: nn.Module, optimizer: torch.optim.Optimizer,
+    identity: dict, extra: dict, keep: int = 2,
+) -> pathlib.Path:
+    """Write the checkpoint of ``step`` below ``folder`` and remove all but the newest ``keep``.
+
+    Raises:
+        TrainingError: the disk is full or not writable; earlier checkpoints stay whole.
+    """
+    folder = pathlib.Path(folder)
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f".step-{step:08d}.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        adapter = {n: t.to("cpu").contiguous() for n, t in sorted(adapter_tensors(model).items())}
+        tensors, scalars = _split(optimizer.state_dict())
+        state = {"layout": LAYOUT, "step": step, "identity": identity, "extra": extra,
+                 "optimizer": scalars, "files": {}}
+        for name, content in zip(TENSOR_FILES, (adapter, tensors)):
+            save_file(content, temporary / name, metadata={"format": "pt"})
+            state["files"][name] = _md5(temporary / name)
+        (temporary / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        for name in (*TENSOR_FILES, STATE_FILE):
+            with open(temporary / name, "rb+") as file:
+                os.fsync(file.fileno())
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise TrainingError(f"{final}: the checkpoint could not be written ({error}); "
+                            "earlier ones are whole") from error
+    for old in _folders(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def latest(folder: str | os.PathLike) -> Checkpoint | None:
+    """The newest whole checkpoint below ``folder``; a damaged one is passed over and named in ``notes``."""
+    notes: list[str] = []
+    for path in _folders(pathlib.Path(folder)):
+        try:
+            return dataclasses.replace(_read(path), notes=tuple(notes))
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            notes.append(f"checkpoint {path.name} is damaged ({error}); the one before it is used")
+    return None if not notes else _none_left(folder, notes)
+
+
+def _none_left(folder: str | os.PathLike, notes: list[str]) -> None:
+    raise InputError(f"resume: no whole checkpoint in {os.fspath(folder)}: {'; '.join(notes)}; "
+                     "start again with --overwrite")
+
+
+def check_identity(found: dict, wanted: dict) -> None:
+    """Refuse a checkpoint of another model, data or configuration.
+
+    Raises:
+        InputError: names the first entry that differs, with both values.
+    """
+    for name in (*wanted, *(n for n in found if n not in wanted)):
+        if found.get(name) != wanted.get(name):
+            raise InputError(f"resume: the checkpoint is of another run: {name} was {found.get(name)!r}, now it "
+                             f"is {wanted.get(name)!r}; give the same, or start again with --overwrite")
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put the adapter and the optimiser's state back, byte for byte.
+
+    Raises:
+        InputError: other tensors or shapes than the model's.
+    """
+    mine = adapter_tensors(model)
+    if {n: t.shape for n, t in mine.items()} != {n: t.shape for n, t in checkpoint.adapter.items()}:
+        odd = sorted(set(mine) ^ set(checkpoint.adapter)) or ["a shape differs"]
+        raise InputError(f"resume: {checkpoint.path} holds another adapter ({', '.join(odd[:3])})")
+    with torch.no_grad():
+        for name, tensor in mine.items():
+            tensor.copy_(checkpoint.adapter[name])
+    optimizer.load_state_dict(checkpoint.optimizer)
+
+
+def _folders(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Checkpoint folders, newest first."""
+    return sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True)
+
+
+def _read(path: pathlib.Path) -> Checkpoint:
+    state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    if state["layout"] != LAYOUT:
+        raise ValueError(f"layout {state['layout']}, this version reads {LAYOUT}")
+    for name, expected in state["files"].items():
+        if _md5(path / name) != expected:
+            raise ValueError(f"{name} does not have the MD5 it was written with")
+    adapter, tensors = (load_file(path / name) for name in TENSOR_FILES)
+    return Checkpoint(state["step"], path, state["identity"], state["extra"], adapter,
+                      _join(tensors, state["optimizer"]))
+
+
+def _split(state: dict) -> tuple[dict[str, torch.Tensor], dict]:
+    """An optimiser's state_dict as named tensors and what JSON can hold."""
+    tensors, numbers = {}, {}
+    for index, entry in state["state"].items():
+        for key, value in entry.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{key}"] = value.to("cpu").contiguous()
+            else:
+                numbers.setdefault(str(index), {})[key] = value
+    return tensors, {"numbers": numbers, "param_groups": state["param_groups"]}
+
+
+def _join(tensors: dict[str, torch.Tensor], scalars: dict) -> dict:
+    state: dict[int, dict] = {int(index): dict(entry) for index, entry in scalars["numbers"].items()}
+    for name, tensor in tensors.items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = tensor
+    groups = [{k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in scalars["param_groups"]]
+    return {"state": state, "param_groups": groups}
+
+
+def _md5(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
