@@ -200,8 +200,8 @@ class LoraConfig:
         """The content of ``adapter_config.json``: only JSON values, lists sorted, patterns never
         null.
 
-        The keys inside a pattern keep their order, because the first that matches counts; ``inject``
-        sorts them where the order makes no difference.
+        The keys inside a pattern keep their order, because the first that matches counts;
+        ``inject`` sorts them where the order makes no difference.
         """
         result = {item.name: getattr(self, item.name) for item in fields(self)}
         for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):

@@ -11,6 +11,9 @@ from fastlora.errors import InputError
 from fastlora.modules import LoraLinear
 from fastlora.ops import backend
 
+_NOT_A_TARGET = "no adapter: not a target"
+_FROZEN = "no adapter: frozen, computed in fixed blocks"
+
 
 @dataclass(frozen=True)
 class CoverageRow:
@@ -43,10 +46,10 @@ def coverage(model: nn.Module, strict: bool = False) -> list[CoverageRow]:
             rows.append(
                 CoverageRow(module.path, module.path.rpartition(".")[2], *lora_backend(module))
             )
+        elif type(module).__name__ == "FrozenLinear":  # what fastlora.invariant puts in
+            rows.append(CoverageRow(path, path.rpartition(".")[2], "reference", _FROZEN))
         elif isinstance(module, nn.Linear):
-            rows.append(
-                CoverageRow(path, path.rpartition(".")[2], "eager", "no adapter: not a target")
-            )
+            rows.append(CoverageRow(path, path.rpartition(".")[2], "eager", _NOT_A_TARGET))
     if strict:
         _check_strict(model, rows)
     return rows

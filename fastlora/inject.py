@@ -40,6 +40,10 @@ def inject(
     module's path, so neither the order of injection nor other targets change it, and torch's global
     generator is left alone.
 
+    Reentrant gradient checkpointing needs an input with a gradient, which frozen embeddings no
+    longer give: call ``model.enable_input_require_grads()`` first (the non-reentrant kind needs
+    nothing).
+
     Args:
         model: any torch model; transformers models need no more than this.
         config: None means ``LoraConfig()``.

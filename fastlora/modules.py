@@ -65,6 +65,8 @@ class LoraLinear(nn.Linear):
         self.scaling = scaling
         self.lora_dropout = dropout
         self.path = path
+        # For dropout without a stream: other projections of the same layer draw other masks.
+        self._plain_seed = module_key(0, 0, path)
         self.exact = False
         self.sums = None
         self.merged = False
@@ -133,9 +135,11 @@ class LoraLinear(nn.Linear):
         stream = active()
         if stream is None:
             # Drawn from torch's own CPU generator: checkpointing restores its state, so a
-            # recomputed layer gets the same mask.
-            seed = int(torch.randint(0, 2**62, (), dtype=torch.int64))
-            return DropoutKey(seed, torch.arange(rows, dtype=torch.int64, device=x.device))
+            # recomputed layer gets the same mask. It stays a tensor: torch.compile traces it, and
+            # no GPU waits for it.
+            start = torch.randint(0, 2**62, (), dtype=torch.int64).to(x.device)
+            tokens = start + torch.arange(rows, dtype=torch.int64, device=x.device)
+            return DropoutKey(self._plain_seed, tokens)
         if rows != stream.total:
             raise InputError(
                 f"{self.path}: the input has {rows} rows, allowed are the {stream.total} of the "

@@ -58,7 +58,8 @@ CASES = {
     },
     "all-linear": {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"},
 }
-# The more special key comes first although it sorts last: PEFT's own files sort the keys and lose that.
+# The more special key comes first although it sorts last: PEFT's own files sort the keys and lose
+# that.
 ORDER = {**CASES["patterns"], "rank_pattern": {r"layers\.1\.mlp\.down_proj": 7, "down_proj": 3}}
 
 

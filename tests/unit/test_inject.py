@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -37,6 +38,14 @@ def test_inject_adapts_the_seven_in_place_and_freezes_the_rest():
         f"{path}.{factor}.weight" for path in adapted(model) for factor in ("lora_A", "lora_B")
     }
     assert all(names[name].dtype == torch.float32 for name in trainable)
+
+
+@pytest.mark.parametrize("name", ["inject", "merge", "coverage"])
+def test_inject_merge_and_coverage_modules_answer_calls(name):
+    module = importlib.import_module(f"fastlora.{name}")
+    model = tiny_model() if name == "inject" else inject(tiny_model(), LoraConfig(r=2))
+    module(model)
+    assert len(adapted(model)) == 14
 
 
 def test_inject_starts_as_the_base_model():
@@ -317,6 +326,23 @@ def test_lora_linear_checkpoint_repeats_the_mask(reentrant):
     plain = gradients(layer)
     again = gradients(lambda x: checkpoint(layer, x, use_reentrant=reentrant))
     assert again == plain
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_lora_linear_compiles_without_a_graph_break(dropout):
+    model = inject(tiny_model(), LoraConfig(r=4, lora_dropout=dropout, init_lora_weights=False))
+    layer = next(lora_layers(model))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+
+    def run(call):
+        torch.manual_seed(6)
+        layer.zero_grad()
+        x = torch.linspace(-1, 1, 160).view(5, 32).requires_grad_()
+        y = call(x)
+        y.square().sum().backward()
+        return raw([("y", y), ("x", x.grad), ("b", layer.lora_B.weight.grad)])
+
+    assert run(compiled) == run(layer)
 
 
 def test_lora_linear_deepcopy_is_independent():
