@@ -217,3 +217,16 @@ def test_torch_optimiser_raises_while_sums_are_held() -> None:
     discard(model)
     mine.step()
     assert not fastlora.exact._hooks, "the hook must go when no sums are held"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_sums_have_the_same_bits_on_cuda() -> None:
+    partials = [*draws(20, (33, 7)), torch.full((33, 7), 2.0**23), torch.full((33, 7), -float("inf"))]
+    here, there = summed(partials), TokenSum((33, 7), "cuda")
+    for i, p in enumerate(partials):
+        there.add_(p.cuda(), i)
+    assert torch.equal(here.total, there.total.cpu())
+    assert here.stats.tolist() == there.stats.tolist()
+    assert torch.equal(here.gradient(7), there.gradient(7).cpu())
+    assert there.zero_().stats.tolist() == [NO_CHUNK, 0, 0, 0]

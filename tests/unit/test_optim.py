@@ -353,3 +353,25 @@ def test_parameters_must_be_fp32() -> None:
         AdamW(StandInModel().bfloat16())
     with pytest.raises(InputError, match="without trainable"):
         AdamW(nn.Module())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_exact_steps_on_cuda_repeat_and_agree_with_the_cpu() -> None:
+    def run(device: str) -> tuple[list[float], list[torch.Tensor]]:
+        model = Weights({"a": (257, 300), "b": (7,), "c": (9, 14001)}).to(device)
+        optimizer = AdamW(model, weight_decay=0.1, max_grad_norm=1.0)
+        norms = []
+        for t in range(3):
+            for p, g in zip(model.parameters(), gradients(model, t)):
+                p.grad = g.to(device)
+            norms.append(optimizer.step(supervised_tokens=3).grad_norm)
+        return norms, [p.detach().cpu() for p in model.parameters()]
+
+    one, two, cpu = run("cuda"), run("cuda"), run("cpu")
+    assert one[0] == two[0]
+    assert all(torch.equal(x, y) for x, y in zip(one[1], two[1], strict=True))
+    assert all(abs(x - y) <= y * DOUBLE for x, y in zip(one[0], cpu[0], strict=True))
+    for x, y in zip(one[1], cpu[1], strict=True):
+        # float64 differs in its last bits only, so each of three steps may round to the neighbour
+        assert ((x - y).abs().double() <= 3 * 2 * rounding(y.double())).all()
