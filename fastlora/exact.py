@@ -1,202 +1,34 @@
-"""Exact gradient sums: integers have no order, so every cut of a batch gives the same bits.
+"""The block that collects exact gradients: ``with fastlora.exact(model):`` around a step's micro-batches.
 
-A chunk's partial dA or dB (fp32) is rounded once to a 64-bit fixed-point number (one unit is 2**-40) and
-added. Integer addition is associative and commutative: threads, atomics, micro-batches and an all-reduce
-over processes (SUM) cannot change the result. Integer adds wrap, and a wrapped total looks like any other,
-so the proof that none did is made beforehand: every total is bounded by largest |partial| x number of
-chunks, and a step is refused unless that product is below 2**23 (= 2**63 units). Rounding cannot break the
-bound: a partial of 2**-17 or more is already a whole number of units, and smaller ones would need 2**40
-chunks. The fixed-point sum is the classic reproducible accumulator (Demmel and Nguyen 2013; Kulisch).
+The sums themselves are in ``fastlora.token_sum``. They belong to the modules, are never saved, and live from
+the start of a block to the optimiser step that uses them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fastlora.callable_module import make_callable
-from fastlora.errors import InputError, TrainingError
+from fastlora.errors import InputError
+from fastlora.token_sum import LSB_BITS, NO_CHUNK, TokenSum, check_all, units_to_gradient, zero_all
 
-LSB_BITS = 40
-LIMIT = 2.0**23  # 2**63 units of 2**-40: the first magnitude int64 cannot hold
-SMALL = 2.0**-30  # below this a partial keeps under 10 bits, or none
-NO_CHUNK = 2**62
-
-
-class TokenSum:
-    """The exact sum over tokens of one parameter's gradient.
-
-    Attributes:
-        total: int64 tensor of the parameter's shape, in units of 2**-40. Over processes: SUM.
-        stats: int64[4] on the same device: the smallest index of a chunk with a non-finite partial
-            (2**62: none; over processes MIN); the largest finite |partial| as the bits of an fp32 (MAX; the
-            bits of non-negative floats order like integers); the count of finite non-zero partial elements
-            (SUM); the count of those below 2**-30 (SUM).
-        chunks: partials added so far (host int). Over processes: SUM.
-        accepting: False refuses to add: the exact block of this sum has ended.
-        pending: True between the end of an exact block and the optimiser step that uses it.
-    """
-
-    def __init__(self, shape: Iterable[int], device: torch.device | str = "cpu") -> None:
-        self.total = torch.zeros(tuple(shape), dtype=torch.int64, device=device)
-        self.stats = torch.tensor([NO_CHUNK, 0, 0, 0], dtype=torch.int64, device=device)
-        self.chunks = 0
-        self.accepting = True
-        self.pending = False
-        self._lock = threading.Lock()
-
-    def zero_(self) -> TokenSum:
-        """Forget everything added; returns itself."""
-        zero_all([self])
-        return self
-
-    @torch.no_grad()
-    def add_(self, partial: torch.Tensor, chunk: int) -> None:
-        """Add one chunk's partial gradient, rounded to nearest even. Safe to call from several threads.
-
-        A non-finite element is never converted (float to int is undefined there): it counts as 0 and sets the
-        flag that makes :meth:`check` refuse the step. The same holds for one of 2**23 or more.
-
-        Args:
-            partial: fp32 tensor of the sum's shape, on its device.
-            chunk: the caller's number of this chunk, named when it holds a non-finite element.
-
-        Raises:
-            InputError: another dtype or shape.
-            TrainingError: the exact block of this sum has ended.
-        """
-        self._must_accept()
-        if partial.dtype != torch.float32 or partial.shape != self.total.shape:
-            raise InputError(
-                f"partial: got {partial.dtype} {tuple(partial.shape)}; "
-                f"allowed is torch.float32 {tuple(self.total.shape)}"
-            )
-        magnitude = partial.abs()
-        peak = magnitude.max()  # NaN wins a max, so this also tests for non-finite elements
-        flagged = None
-        # On CUDA asking would wait for the device, so the masks are always applied there.
-        if partial.is_cuda or not bool(peak < LIMIT):
-            finite = magnitude <= torch.finfo(torch.float32).max
-            flagged = torch.where(finite.all(), NO_CHUNK, chunk)
-            magnitude = torch.where(finite, magnitude, 0.0)
-            peak = magnitude.max()
-            partial = torch.where(finite & (magnitude < LIMIT), partial, 0.0)
-        # The product is exact in float64 (a power of two), so round() is the only rounding: half to even.
-        units = partial.double().mul_(2.0**LSB_BITS).round_().long()
-        filled = torch.count_nonzero(magnitude)
-        small = torch.count_nonzero(magnitude < SMALL) - (magnitude.numel() - filled)
-        bits = peak.view(torch.int32).long()
-        with self._lock:
-            self.total += units
-            if flagged is not None:
-                self.stats[0] = torch.minimum(self.stats[0], flagged)
-            self.stats[1] = torch.maximum(self.stats[1], bits)
-            self.stats[2] += filled
-            self.stats[3] += small
-            self.chunks += 1
-
-    def count(self, n_chunks: int) -> None:
-        """Note that a kernel added ``n_chunks`` partials to ``total`` and ``stats`` by itself.
-
-        Raises:
-            TrainingError: the exact block of this sum has ended.
-        """
-        self._must_accept()
-        with self._lock:
-            self.chunks += int(n_chunks)
-
-    def merge_(self, other: TokenSum) -> TokenSum:
-        """Add another sum of the same shape (what an all-reduce does: SUM, MIN, MAX, SUM); returns itself."""
-        with self._lock:
-            self.total += other.total.to(self.total.device)
-            theirs = other.stats.to(self.stats.device)
-            self.stats[0] = torch.minimum(self.stats[0], theirs[0])
-            self.stats[1] = torch.maximum(self.stats[1], theirs[1])
-            self.stats[2:] += theirs[2:]
-            self.chunks += other.chunks
-        return self
-
-    def check(self, name: str) -> None:
-        """Refuse a sum that is not exact.
-
-        Raises:
-            TrainingError: a partial was NaN or infinite, or largest |partial| x chunks reached 2**23; the
-                message names ``name``.
-        """
-        check_all([(name, self)])
-
-    def gradient(self, divisor: float) -> torch.Tensor:
-        """The gradient as fp32: float64(total) x 2**-40 / divisor, then one rounding to fp32.
-
-        Args:
-            divisor: the global batch's supervised tokens, times the gradient scale. Positive.
-        """
-        return units_to_gradient(self.total, divisor)
-
-    @property
-    def underflow_share(self) -> float:
-        """The share of non-zero partial elements that became 0 or kept under 10 bits (0..1)."""
-        filled, small = self.stats[2:].tolist()
-        return small / filled if filled else 0.0
-
-    def _must_accept(self) -> None:
-        if not self.accepting:
-            raise TrainingError(
-                "a backward pass reached exact sums whose block has ended: "
-                "run forward and backward inside `with fastlora.exact(model):`"
-            )
-
-
-def units_to_gradient(total: torch.Tensor, divisor: float) -> torch.Tensor:
-    """int64 units of any shape -> fp32 gradient (see :meth:`TokenSum.gradient`)."""
-    if not 0 < divisor < float("inf"):
-        raise InputError(f"divisor: got {divisor!r}; allowed is a positive finite number")
-    # A divisor on the device: CUDA turns division by a host scalar into a product with its reciprocal.
-    by = torch.full((), float(divisor), dtype=torch.float64, device=total.device)
-    return total.double().mul_(2.0**-LSB_BITS).div_(by).float()
-
-
-def zero_all(sums: list[TokenSum]) -> None:
-    """Zero many sums with a few launches."""
-    if not sums:
-        return
-    torch._foreach_zero_([s.total for s in sums])
-    torch._foreach_zero_([s.stats for s in sums])
-    torch._foreach_add_([s.stats[:1] for s in sums], NO_CHUNK)
-    for s in sums:
-        s.chunks = 0
-
-
-def read_stats(sums: list[TokenSum]) -> list[list[int]]:
-    """``stats`` of every sum as host ints, with one copy (one wait) per device."""
-    rows: list[list[int]] = [[] for _ in sums]
-    for device in {s.stats.device for s in sums}:
-        places = [i for i, s in enumerate(sums) if s.stats.device == device]
-        for i, row in zip(places, torch.stack([sums[i].stats for i in places]).tolist(), strict=True):
-            rows[i] = row
-    return rows
-
-
-def check_all(named: list[tuple[str, TokenSum]]) -> list[list[int]]:
-    """:meth:`TokenSum.check` for many sums with one wait per device; returns their stats as host ints."""
-    rows = read_stats([s for _, s in named])
-    for (name, s), (chunk, bits, _, _) in zip(named, rows, strict=True):
-        if chunk != NO_CHUNK:
-            raise TrainingError(f"{name}: the gradient is NaN or infinite (first in chunk {chunk})")
-        peak = torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()
-        if peak * s.chunks >= LIMIT:
-            raise TrainingError(
-                f"{name}: the exact gradient sum may overflow (largest partial {peak:.6g} x "
-                f"{s.chunks} chunks; allowed is below {LIMIT:.0f}): lower gradient_scale"
-            )
-    return rows
-
+__all__ = [
+    "LSB_BITS",
+    "NO_CHUNK",
+    "TokenSum",
+    "check_all",
+    "discard",
+    "exact",
+    "lora_modules",
+    "units_to_gradient",
+    "zero_all",
+]
 
 # Modules whose sums are open or wait for a step. While there are any, a hook watches every torch optimiser.
 _held: weakref.WeakSet[nn.Module] = weakref.WeakSet()

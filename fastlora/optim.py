@@ -22,7 +22,8 @@ from torch import nn
 
 from fastlora import blocks
 from fastlora.errors import InputError, TrainingError
-from fastlora.exact import check_all, discard, lora_modules, units_to_gradient
+from fastlora.exact import discard, lora_modules
+from fastlora.token_sum import check_all, units_to_gradient
 
 # Elements worked on at once: what stays in a core's cache; on a GPU what makes launches few.
 BLOCK = {"cpu": 2**15}

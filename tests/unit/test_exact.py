@@ -91,6 +91,18 @@ def test_non_finite_is_never_converted_and_names_the_first_chunk(bad: float) -> 
         s.check("layers.0.q_proj")
 
 
+def test_add_of_a_device_equals_that_of_the_host() -> None:
+    """The path for other devices is plain torch, so it also runs here."""
+    partials = [*draws(20, (33, 7)), torch.full((33, 7), 2.0**23), torch.zeros(33, 7)]
+    partials[4][1, 1], partials[9][2, 2] = float("nan"), -float("inf")
+    host, device = summed(partials), TokenSum((33, 7), "cpu")
+    for i, p in enumerate(partials):
+        device._add_device(p, i)
+    assert torch.equal(host.total, device.total)
+    assert host.stats.tolist() == device.stats.tolist()
+    assert host.stats[0].item() == 4
+
+
 def test_check_bounds_largest_partial_times_chunks() -> None:
     s = TokenSum((1,), "cpu")
     below = torch.nextafter(torch.tensor([2.0**22]), torch.tensor([0.0]))
