@@ -16,7 +16,15 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fastlora.callable_module import make_callable
 from fastlora.errors import InputError
-from fastlora.token_sum import LSB_BITS, NO_CHUNK, TokenSum, check_all, units_to_gradient, zero_all
+from fastlora.token_sum import (
+    LSB_BITS,
+    NO_CHUNK,
+    TokenSum,
+    check_all,
+    read_stats,
+    units_to_gradient,
+    zero_all,
+)
 
 __all__ = [
     "LSB_BITS",
@@ -26,6 +34,7 @@ __all__ = [
     "discard",
     "exact",
     "lora_modules",
+    "read_stats",
     "units_to_gradient",
     "zero_all",
 ]
