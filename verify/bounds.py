@@ -175,7 +175,9 @@ def accumulate(
     is representable.
     """
     value = sum((p.value @ q.value for p, q in pairs), start=sum(e.value for e in extras))
-    total = sum((p.magnitude @ q.magnitude for p, q in pairs), start=sum(e.magnitude for e in extras))
+    total = sum(
+        (p.magnitude @ q.magnitude for p, q in pairs), start=sum(e.magnitude for e in extras)
+    )
     zero = torch.zeros((), dtype=torch.float64)
     carried = sum((_carried(p, q) for p, q in pairs), start=sum(e.radius for e in extras))
     count = sum((_terms(p, q) for p, q in pairs), start=zero)

@@ -83,8 +83,8 @@ def lora_linear(
 ) -> LinearBounds:
     """The graph of forward and backward, arguments as in ``verify.oracle.linear``.
 
-    ``divisor``: of the token sums, with fixed point only. ``documents``: how many separately cut pieces
-    the tokens come in; each may end in one chunk shorter than the rules say.
+    ``divisor``: of the token sums, with fixed point only. ``documents``: how many separately cut
+    pieces the tokens come in; each may end in one chunk shorter than the rules say.
     """
     acc = rules.accumulator
     x, weight, dy = exact(x), exact(weight), exact(dy)
@@ -146,12 +146,12 @@ def _token_sum(
 class AdamWBounds:
     """The radius of an AdamW that stores moments and parameters in fp32, one tensor, step by step.
 
-    ``arithmetic``: what single operations round to, fp32 or float64. Counted roundings, for any of the
-    usual orders (b1 m + (1 - b1) g, or m + (1 - b1)(g - m)): 4 on the way to the first moment, over
-    |m| + (1 - b1)|g|; 5 to the second, over v + (1 - b2) g^2 (the square, the two scalars, product and
-    sum); 8 from the moments to the update (two corrections with their scalars, root, sum with eps,
-    quotient, product with the rate); 2 for decay and 1 for the difference. A clipped gradient has 3
-    more (the coefficient, its own division, the product).
+    ``arithmetic``: what single operations round to, fp32 or float64. Counted roundings, for any of
+    the usual orders (b1 m + (1 - b1) g, or m + (1 - b1)(g - m)): 4 on the way to the first moment,
+    over |m| + (1 - b1)|g|; 5 to the second, over v + (1 - b2) g^2 (the square, the two scalars,
+    product and sum); 8 from the moments to the update (two corrections with their scalars, root,
+    sum with eps, quotient, product with the rate); 2 for decay and 1 for the difference. A clipped
+    gradient has 3 more (the coefficient, its own division, the product).
     """
 
     parameter: Bounded
@@ -167,7 +167,8 @@ class AdamWBounds:
     def step(self, gradient: torch.Tensor, clip: float, clip_slack: float = 0.0) -> Bounded:
         """The parameter after one step with an exactly known gradient.
 
-        ``clip``: the oracle's coefficient; ``clip_slack``: the relative slack of the subject's rule for it.
+        ``clip``: the oracle's coefficient; ``clip_slack``: the relative slack of the subject's rule
+        for it.
         """
         hyper, (beta1, beta2) = self.hyper, self.hyper.betas
         self.steps += 1
@@ -193,7 +194,9 @@ class AdamWBounds:
         moment = Bounded(
             beta * old.value + (1 - beta) * new.value, beta * old.radius + (1 - beta) * new.radius
         )
-        return store(self._grown(moment, old.magnitude + (1 - beta) * new.magnitude, count), torch.float32)
+        return store(
+            self._grown(moment, old.magnitude + (1 - beta) * new.magnitude, count), torch.float32
+        )
 
     def _update(self) -> Bounded:
         """lr m^ / (sqrt(v^) + eps) with the radius from the ends of both moments' intervals."""
@@ -203,8 +206,8 @@ class AdamWBounds:
         root = (v.value / correction2).sqrt() + hyper.eps
         root_low = ((v.value - v.radius).clamp(min=0) / correction2).sqrt() + hyper.eps
         rate = hyper.lr / correction1
-        # |m'/r' - m/r| <= |m' - m| / r' + |m| |1/r' - 1/r|, largest at the smallest root: the upper end
-        # of v moves the quotient by less than the lower end does, because 1/sqrt is convex.
+        # |m'/r' - m/r| <= |m' - m| / r' + |m| |1/r' - 1/r|, largest at the smallest root: the upper
+        # end of v moves the quotient by less than the lower end does, because 1/sqrt is convex.
         radius = rate * (m.radius / root_low + m.value.abs() * (1 / root_low - 1 / root))
         return self._grown(Bounded(rate * m.value / root, radius), rate * m.magnitude / root_low, 8)
 

@@ -31,8 +31,8 @@ class Judged:
 def judge(got: torch.Tensor, bound: Bounded) -> Judged:
     """Compare element by element; an infinite radius (an overflow to be expected) is skipped, counted.
 
-    An error of 0 has share 0 whatever the radius; any error over a radius of 0, NaN, or a wrong shape
-    has share infinity.
+    An error of 0 has share 0 whatever the radius; any error over a radius of 0, NaN, or a wrong
+    shape has share infinity.
     """
     got = got.detach().cpu().double()
     if got.shape != bound.value.shape:
@@ -59,7 +59,7 @@ def judge(got: torch.Tensor, bound: Bounded) -> Judged:
 def around(value: torch.Tensor, bound: Bounded) -> Bounded:
     """The graph's radius around the oracle's value, widened by how far float64 takes the two apart.
 
-    That is float64 rounding, about 2^-52 of the terms and 2^-29 of an fp32 radius; where the radius is 0
-    all sums are exact and the two agree. ``tests/meta`` holds the two against each other.
+    That is float64 rounding, about 2^-52 of the terms and 2^-29 of an fp32 radius; where the radius
+    is 0 all sums are exact and the two agree. ``tests/meta`` holds the two against each other.
     """
     return Bounded(value, bound.radius + (value - bound.value).abs())

@@ -47,8 +47,20 @@ class PlainLinear:
             x, dy = torch.cat(part.x), torch.cat(part.dy)
             tokens = torch.cat([torch.arange(len(d)) + (i << 32) for i, d in zip(part.ids, part.x)])
             result = self.run(
-                LinearInputs(x, part.weight, part.a, part.b, None, dy, part.alpha, False, part.dropout,
-                             tokens, part.seed), GRAD,
+                LinearInputs(
+                    x,
+                    part.weight,
+                    part.a,
+                    part.b,
+                    None,
+                    dy,
+                    part.alpha,
+                    False,
+                    part.dropout,
+                    tokens,
+                    part.seed,
+                ),
+                GRAD,
             )
             da, db = da + result.da, db + result.db
             sizes = [len(d) for d in part.x]
@@ -68,7 +80,11 @@ class TorchAdamW:
         """Parameters after each step."""
         own = {name: torch.nn.Parameter(p.clone()) for name, p in parameters.items()}
         optimizer = torch.optim.AdamW(
-            own.values(), lr=hyper.lr, betas=hyper.betas, eps=hyper.eps, weight_decay=hyper.weight_decay
+            own.values(),
+            lr=hyper.lr,
+            betas=hyper.betas,
+            eps=hyper.eps,
+            weight_decay=hyper.weight_decay,
         )
         after = []
         for step in gradients:

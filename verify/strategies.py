@@ -15,8 +15,55 @@ from verify.subject import Cut, LinearInputs, TrainCase
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # One row, edges of tiles and of 16-byte vectors on both sides, primes, and none of these.
-FEATURES = (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 48, 61, 63, 64, 65, 96, 127, 128, 129, 131, 192, 257)
-TOKENS = (0, 1, 2, 3, 5, 15, 16, 17, 31, 64, 65, 127, 128, 129, 130, 191, 255, 256, 257, 300, 383, 385)
+FEATURES = (
+    1,
+    2,
+    3,
+    7,
+    8,
+    15,
+    16,
+    17,
+    31,
+    32,
+    33,
+    48,
+    61,
+    63,
+    64,
+    65,
+    96,
+    127,
+    128,
+    129,
+    131,
+    192,
+    257,
+)
+TOKENS = (
+    0,
+    1,
+    2,
+    3,
+    5,
+    15,
+    16,
+    17,
+    31,
+    64,
+    65,
+    127,
+    128,
+    129,
+    130,
+    191,
+    255,
+    256,
+    257,
+    300,
+    383,
+    385,
+)
 RANKS = (1, 2, 3, 4, 5, 7, 8, 8, 15, 16, 16, 17, 24, 31, 32, 33, 64)
 LARGE_RANKS = (65, 100, 127, 128, 129, 200, 255, 256)
 SCALES = (2.0**-12, 2.0**-4, 1.0, 1.0, 1.0, 2.0**3)
@@ -83,7 +130,9 @@ def _values(kind: str, shape: tuple[int, ...], draw: torch.Generator) -> torch.T
     normal = torch.randn(shape, generator=draw, dtype=torch.float64)
     if kind != "heavy":
         return normal
-    chi = sum(torch.randn(shape, generator=draw, dtype=torch.float64).square() for _ in range(3)) / 3
+    chi = (
+        sum(torch.randn(shape, generator=draw, dtype=torch.float64).square() for _ in range(3)) / 3
+    )
     return (normal / chi.sqrt()).clamp(-30, 30)
 
 
@@ -91,13 +140,17 @@ def _laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     """The same values with other strides: a slice of columns or rows, transposed, or stride 0."""
     rows, columns = tensor.shape
     if layout == "columns":
-        wide = torch.full((rows, columns + 3), float("nan"), dtype=tensor.dtype, device=tensor.device)
+        wide = torch.full(
+            (rows, columns + 3), float("nan"), dtype=tensor.dtype, device=tensor.device
+        )
         wide[:, 1 : columns + 1] = tensor
         return wide[:, 1 : columns + 1]
     if layout == "transposed":
         return tensor.t().contiguous().t()
     if layout == "rows":
-        tall = torch.full((rows * 2, columns), float("nan"), dtype=tensor.dtype, device=tensor.device)
+        tall = torch.full(
+            (rows * 2, columns), float("nan"), dtype=tensor.dtype, device=tensor.device
+        )
         tall[::2] = tensor
         return tall[::2]
     if layout == "expanded" and rows:
@@ -110,6 +163,7 @@ def linear_cases(dtypes: tuple[str, ...]) -> st.SearchStrategy[LinearCase]:
 
     Ranks above 64 come with small shapes, so that a case stays below about ten million products.
     """
+
     def build(large, small_rank, large_rank, m, k, n, **rest):
         if large:
             return LinearCase(m=min(m, 65), k=min(k, 65), n=min(n, 65), r=large_rank, **rest)
@@ -136,7 +190,9 @@ def linear_cases(dtypes: tuple[str, ...]) -> st.SearchStrategy[LinearCase]:
 
 
 LENGTHS = st.lists(
-    st.sampled_from((1, 2, 15, 16, 17, 31, 33, 127, 128, 129, 140)) | st.integers(1, 150), min_size=3, max_size=7
+    st.sampled_from((1, 2, 15, 16, 17, 31, 33, 127, 128, 129, 140)) | st.integers(1, 150),
+    min_size=3,
+    max_size=7,
 )
 
 
@@ -229,12 +285,14 @@ def optimizer_cases() -> st.SearchStrategy[OptimizerCase]:
 def ordered(strategy_name: str, names: tuple[str, ...], seed: int, count: int = 400) -> tuple:
     """The first ``count`` different cases of a strategy, in the order that ``seed`` fixes.
 
-    ``strategy_name`` is "linear", "split", "train" or "optimizer"; ``names`` are dtypes where it needs
-    them. Always drawn whole, so that a budget only cuts the list and never changes it.
+    ``strategy_name`` is "linear", "split", "train" or "optimizer"; ``names`` are dtypes where it
+    needs them. Always drawn whole, so that a budget only cuts the list and never changes it.
     """
     makers = {"linear": linear_cases, "split": split_cases}
-    strategy = makers[strategy_name](names) if strategy_name in makers else (
-        train_cases() if strategy_name == "train" else optimizer_cases()
+    strategy = (
+        makers[strategy_name](names)
+        if strategy_name in makers
+        else (train_cases() if strategy_name == "train" else optimizer_cases())
     )
     found: dict = {}
 

@@ -1,8 +1,8 @@
 """The protocol by which a kernel, an optimiser or a trainer is put before the claims.
 
-A :class:`Subject` bundles up to three parts; a part that is None leaves its claims `not tried`. A part
-declares where it rounds and whether it claims the same bits under every cut of a batch. An example
-that imports nothing of this project's library is ``verify/plain.py``.
+A :class:`Subject` bundles up to three parts; a part that is None leaves its claims `not tried`. A
+part declares where it rounds and whether it claims the same bits under every cut of a batch. An
+example that imports nothing of this project's library is ``verify/plain.py``.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ class BadSubject(ValueError):
 class LinearInputs:
     """One call of a LoRA linear: x [M, K], weight [N, K], a [r, K], b [N, r], bias [N], dy [M, N].
 
-    x, weight, bias and dy are of the working dtype (any strides), a and b fp32. The subject makes its
-    own scale from alpha, the rank and ``rslora``, as it would from a user's configuration. ``tokens``
-    (int64 [M]) and ``seed`` name the dropout mask; ``lengths`` cuts the M tokens into documents.
+    x, weight, bias and dy are of the working dtype (any strides), a and b fp32. The subject makes
+    its own scale from alpha, the rank and ``rslora``, as it would from a user's configuration.
+    ``tokens`` (int64 [M]) and ``seed`` name the dropout mask; ``lengths`` cuts the M tokens into
+    documents.
     """
 
     x: torch.Tensor
@@ -117,15 +118,18 @@ class SplitResult:
 class OptimizerPart(Protocol):
     """AdamW over fp32 tensors A and B, moments and parameters stored in fp32.
 
-    ``arithmetic``: what single operations round to (fp32 or float64). ``clip_epsilon``: what the clip
-    rule adds to the norm (torch: 1e-6), 0 for none.
+    ``arithmetic``: what single operations round to (fp32 or float64). ``clip_epsilon``: what the
+    clip rule adds to the norm (torch: 1e-6), 0 for none.
     """
 
     arithmetic: torch.dtype
     clip_epsilon: float
 
     def run(
-        self, parameters: dict[str, torch.Tensor], gradients: list[dict[str, torch.Tensor]], hyper: Hyper
+        self,
+        parameters: dict[str, torch.Tensor],
+        gradients: list[dict[str, torch.Tensor]],
+        hyper: Hyper,
     ) -> list[dict[str, torch.Tensor]]:
         """Parameters after each step, given each step's gradients. Names end in lora_A or lora_B."""
 
@@ -157,9 +161,10 @@ Cut = tuple[tuple[int, ...], ...]
 class TrainHooks:
     """Where the harness plants faults into a training loop; a correct run leaves every field alone.
 
-    ``weigh(loss_sum, supervised)`` sees each micro-batch's loss before its backward; ``tokens`` maps the
-    step's supervised count to what the optimiser is told; ``sample_ids(index, place)`` names a sequence;
-    ``order`` may drop, repeat or regroup the micro-batches; ``seed`` maps the dropout seed at micro-batch i.
+    ``weigh(loss_sum, supervised)`` sees each micro-batch's loss before its backward; ``tokens``
+    maps the step's supervised count to what the optimiser is told; ``sample_ids(index, place)``
+    names a sequence; ``order`` may drop, repeat or regroup the micro-batches; ``seed`` maps the
+    dropout seed at micro-batch i.
     """
 
     weigh: Callable[[torch.Tensor, int], torch.Tensor] | None = None
@@ -174,8 +179,9 @@ class TrainHooks:
 class TrainResult:
     """What a run left behind; all tensors are copies on the CPU.
 
-    ``ran``: for each step the padded tokens of each forward that really happened. ``gradients``: those of
-    each step as the optimiser saw them. ``frozen``: digest of all frozen weights before and after.
+    ``ran``: for each step the padded tokens of each forward that really happened. ``gradients``:
+    those of each step as the optimiser saw them. ``frozen``: digest of all frozen weights before
+    and after.
     """
 
     before: dict[str, torch.Tensor]
@@ -193,7 +199,12 @@ class TrainerPart(Protocol):
     supports_hooks: bool
 
     def train(
-        self, case: TrainCase, cut: Cut, *, float_sums: bool = False, hooks: TrainHooks | None = None
+        self,
+        case: TrainCase,
+        cut: Cut,
+        *,
+        float_sums: bool = False,
+        hooks: TrainHooks | None = None,
     ) -> TrainResult:
         """Train from the case's seed with every global batch cut as told."""
 

@@ -6,6 +6,8 @@ import contextlib
 import os
 
 import torch
+from fastlora.invariant import make_invariant
+from fastlora.ops.linear_cross_entropy import linear_cross_entropy
 from torch import nn
 
 import fastlora
@@ -13,10 +15,8 @@ from fastlora import blocks, packing, stream
 from fastlora.data import make_row
 from fastlora.errors import TrainingError
 from fastlora.families import head_of
-from fastlora.invariant import make_invariant
 from fastlora.ops import backend
 from fastlora.ops.dropout import module_key
-from fastlora.ops.linear_cross_entropy import linear_cross_entropy
 from verify.bounds import Accumulator
 from verify.graphs import FixedPoint, Roundings
 from verify.oracle.adamw import Hyper
@@ -59,7 +59,11 @@ def _injected(weight, bias, a, b, alpha, rslora=False, dropout=0.0) -> tuple[nn.
     """A model of one LoRA linear with A and B as given, and that linear."""
     net = _Net(weight, bias)
     config = fastlora.LoraConfig(
-        r=a.shape[0], lora_alpha=alpha, use_rslora=rslora, lora_dropout=dropout, target_modules=["proj"]
+        r=a.shape[0],
+        lora_alpha=alpha,
+        use_rslora=rslora,
+        lora_dropout=dropout,
+        target_modules=["proj"],
     )
     fastlora.inject(net, config, seed=0)
     with torch.no_grad():
@@ -74,7 +78,9 @@ class FastloraLinear:
     modes = (GRAD, EXACT)
     bitwise_splits = True
 
-    def __init__(self, device: str, dtypes: tuple[torch.dtype, ...], forced: str | None = None) -> None:
+    def __init__(
+        self, device: str, dtypes: tuple[torch.dtype, ...], forced: str | None = None
+    ) -> None:
         self.device, self.dtypes, self.forced = device, dtypes, forced
 
     def roundings(self, dtype: torch.dtype, mode: str) -> Roundings:
@@ -110,7 +116,13 @@ class FastloraLinear:
 
     def _exact(self, inputs: LinearInputs, divisor: float) -> LinearResult:
         net, layer = _injected(
-            inputs.weight, inputs.bias, inputs.a, inputs.b, inputs.alpha, inputs.rslora, inputs.dropout
+            inputs.weight,
+            inputs.bias,
+            inputs.a,
+            inputs.b,
+            inputs.alpha,
+            inputs.rslora,
+            inputs.dropout,
         )
         rows, x, keep = inputs.x.shape[0], inputs.x.detach().requires_grad_(), None
         around = contextlib.nullcontext()
@@ -130,7 +142,9 @@ class FastloraLinear:
     def accumulate(self, parts: list[Documents], mode: str) -> SplitResult:
         """Gradients over micro-batches of packed documents; padding rows hold ones, their dy zeros."""
         first = parts[0]
-        net, layer = _injected(first.weight, None, first.a, first.b, first.alpha, False, first.dropout)
+        net, layer = _injected(
+            first.weight, None, first.a, first.b, first.alpha, False, first.dropout
+        )
         rows, ran = {}, []
         layer.register_forward_pre_hook(lambda _, args: ran.append(args[0].shape[0]))
         around = fastlora.exact(net) if mode == EXACT else contextlib.nullcontext()
@@ -182,14 +196,18 @@ class FastloraAdamW:
     def run(self, parameters, gradients, hyper: Hyper) -> list[dict[str, torch.Tensor]]:
         """Parameters after each step; names are "lora_A" [r, K] and "lora_B" [N, r]."""
         a, b = (parameters[name].to(self.device) for name in ("lora_A", "lora_B"))
-        net, layer = _injected(torch.zeros(b.shape[0], a.shape[1], device=self.device), None, a, b, 1.0)
+        net, layer = _injected(
+            torch.zeros(b.shape[0], a.shape[1], device=self.device), None, a, b, 1.0
+        )
         optimizer = _optimizer(net, hyper)
         after = []
         for step in gradients:
             for name in ("lora_A", "lora_B"):
                 getattr(layer, name).weight.grad = step[name].to(self.device)
             optimizer.step()
-            after.append({n: getattr(layer, n).weight.detach().cpu().clone() for n in ("lora_A", "lora_B")})
+            after.append(
+                {n: getattr(layer, n).weight.detach().cpu().clone() for n in ("lora_A", "lora_B")}
+            )
         return after
 
 
@@ -212,10 +230,17 @@ class FastloraTrainer:
     def __init__(self, device: str) -> None:
         self.device = device
         self.bitwise_splits = device == "cpu"
-        self.why_not = "" if self.bitwise_splits else "exactness of a whole model on CUDA is not claimed yet"
+        self.why_not = (
+            "" if self.bitwise_splits else "exactness of a whole model on CUDA is not claimed yet"
+        )
 
     def train(
-        self, case: TrainCase, cut: Cut, *, float_sums: bool = False, hooks: TrainHooks | None = None
+        self,
+        case: TrainCase,
+        cut: Cut,
+        *,
+        float_sums: bool = False,
+        hooks: TrainHooks | None = None,
     ) -> TrainResult:
         """Train ``case.steps`` steps with each global batch cut into ``cut``."""
         threads = torch.get_num_threads()
@@ -254,7 +279,9 @@ class FastloraTrainer:
             optimizer.zero_grad()
             steps.append(tuple(ran[ran_before:]))
             after.append(_copy(trained))
-        result = TrainResult(before, after, gradients, tuple(steps), (frozen_before, md5_of_tensors(frozen)))
+        result = TrainResult(
+            before, after, gradients, tuple(steps), (frozen_before, md5_of_tensors(frozen))
+        )
         invariant.undo()
         return result
 
@@ -276,7 +303,11 @@ class FastloraTrainer:
                 with stream.use(batch.stream):
                     hidden = head.decoder(batch.input_ids, batch.position_ids)
                     loss, supervised = linear_cross_entropy(
-                        hidden[0], head.weight, batch.labels, softcap=head.softcap, logit_scale=head.logit_scale
+                        hidden[0],
+                        head.weight,
+                        batch.labels,
+                        softcap=head.softcap,
+                        logit_scale=head.logit_scale,
                     )
                     (loss if hooks.weigh is None else hooks.weigh(loss, int(supervised))).backward()
                 if hooks.after_backward is not None:
@@ -322,9 +353,12 @@ def _copy(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _gradients(model: nn.Module, tokens: float, float_sums: bool) -> dict[str, torch.Tensor]:
     """The gradient of the mean, as the optimiser will see it."""
-    if float_sums:
-        return {n: (p.grad.double() / tokens).float().cpu() for n, p in model.named_parameters() if p.requires_grad}
     found = {}
+    if float_sums:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                found[name] = (parameter.grad.double() / tokens).float().cpu()
+        return found
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") and getattr(module, "sums", None) is not None:
             for factor, total in zip(("lora_A", "lora_B"), module.sums):
@@ -335,15 +369,21 @@ def _gradients(model: nn.Module, tokens: float, float_sums: bool) -> dict[str, t
 def built_in(device: str) -> list[Subject]:
     """The subjects of this machine for "auto", "cpu" or "cuda"; empty if a device asked for is not there.
 
-    In Triton's interpreter (``TRITON_INTERPRET=1`` from the start) the kernels are a CPU subject of their
-    own, in fp32 and fp16: the interpreter's bf16 is wrong.
+    In Triton's interpreter (``TRITON_INTERPRET=1`` from the start) the kernels are a CPU subject of
+    their own, in fp32 and fp16: the interpreter's bf16 is wrong.
     """
     subjects = []
     if device in ("auto", "cpu"):
         every = (torch.float32, torch.bfloat16, torch.float16)
         subjects.append(
-            Subject("fastlora reference", "cpu", FastloraLinear("cpu", every), FastloraAdamW("cpu"),
-                    FastloraTrainer("cpu"), ("reference",))
+            Subject(
+                "fastlora reference",
+                "cpu",
+                FastloraLinear("cpu", every),
+                FastloraAdamW("cpu"),
+                FastloraTrainer("cpu"),
+                ("reference",),
+            )
         )
         if os.environ.get("TRITON_INTERPRET") == "1" and backend.triton_installed():
             few = (torch.float32, torch.float16)
@@ -352,7 +392,13 @@ def built_in(device: str) -> list[Subject]:
     if device in ("auto", "cuda") and torch.cuda.is_available():
         every = (torch.bfloat16, torch.float16, torch.float32)
         subjects.append(
-            Subject("fastlora triton", "cuda", FastloraLinear("cuda", every), FastloraAdamW("cuda"),
-                    FastloraTrainer("cuda"), ("triton",))
+            Subject(
+                "fastlora triton",
+                "cuda",
+                FastloraLinear("cuda", every),
+                FastloraAdamW("cuda"),
+                FastloraTrainer("cuda"),
+                ("triton",),
+            )
         )
     return subjects

@@ -54,7 +54,9 @@ def _one(subject: Subject, case: LinearCase, mode: str, out: Outcome) -> bool:
         result = part.run(inputs, mode, divisor)
     except Refused:
         return True
-    except Exception as error:  # a crash of the subject is a failure of the claim, told with the case
+    except (
+        Exception
+    ) as error:  # a crash of the subject is a failure of the claim, told with the case
         out.fail(f"raised {type(error).__name__}: {error}; {where}")
         return False
     bounds = bounds_of(inputs, result, rules, divisor)
@@ -70,16 +72,22 @@ def _one(subject: Subject, case: LinearCase, mode: str, out: Outcome) -> bool:
     return False
 
 
-def bounds_of(inputs: LinearInputs, result: LinearResult, rules, divisor: float) -> graphs.LinearBounds:
+def bounds_of(
+    inputs: LinearInputs, result: LinearResult, rules, divisor: float
+) -> graphs.LinearBounds:
     """Radii from the graph around values from the oracle (which the graph must agree with)."""
     keep = None if result.keep is None else result.keep.cpu()
-    tensors = [t if t is None else t.detach().cpu() for t in
-               (inputs.x, inputs.weight, inputs.a, inputs.b, inputs.bias, inputs.dy)]
+    tensors = [
+        t if t is None else t.detach().cpu()
+        for t in (inputs.x, inputs.weight, inputs.a, inputs.b, inputs.bias, inputs.dy)
+    ]
     x, weight, a, b, bias, dy = tensors
     if rules.adapter is not None:
         a, b = a.to(rules.adapter), b.to(rules.adapter)
     scale = scale_of(inputs.alpha, inputs.rank, inputs.rslora)
-    radii = graphs.lora_linear(x, weight, a, b, scale, bias, dy, keep, inputs.dropout, rules, divisor)
+    radii = graphs.lora_linear(
+        x, weight, a, b, scale, bias, dy, keep, inputs.dropout, rules, divisor
+    )
     y = oracle.lora_linear_forward(x, weight, a, b, scale, bias, keep=keep, p=inputs.dropout)
     grads = oracle.lora_linear_backward(dy, x, weight, a, b, scale, keep=keep, p=inputs.dropout)
     return graphs.LinearBounds(

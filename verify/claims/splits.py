@@ -1,7 +1,8 @@
 """splits: the gradients of a global batch do not depend on how it was cut into micro-batches.
 
-With the controls without which one digest proves nothing: the cuts that ran differ, everything moved, float
-sums on the same cuts give more than one digest, and dropout 0.1 gives another result than 0.
+With the controls without which one digest proves nothing: the cuts that ran differ, everything
+moved, float sums on the same cuts give more than one digest, and dropout 0.1 gives another result
+than 0.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from verify import graphs
+from verify.bounds import Bounded, store
 from verify.claims.outcome import Budget, Outcome
 from verify.judge import judge
 from verify.oracle.digest import md5_of_tensors
@@ -22,9 +24,10 @@ from verify.subject import EXACT, GRAD, Cut, Documents, SplitResult, Subject, Tr
 
 NAME = "splits"
 STATEMENT = (
-    "Cutting a global batch into micro-batches in any sizes and order gives the same bits of dA, dB, y and "
-    "dx, and of the adapter after N steps, for subjects that claim it, and gradients within their bound for "
-    "the others; different cuts really ran, every tensor moved, float sums differ, and dropout changes the result."
+    "Cutting a global batch into micro-batches in any sizes and order gives the same bits of dA, dB, y "
+    "and dx, and of the adapter after N steps, for subjects that claim it, and gradients within their "
+    "bound for the others; the cuts that ran differ, every tensor moved, float sums on the same cuts "
+    "differ, and dropout changes the result."
 )
 
 # Of this many cases in a row one trains a model and the others cut a single linear.
@@ -69,11 +72,17 @@ def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
             else:
                 out.tags.add(case.dtype)
                 _linear(subject, case, out, floats["linear"])
-        except Exception as error:  # a crash of the subject is a failure of the claim, told with the case
+        except (
+            Exception
+        ) as error:  # a crash of the subject is a failure of the claim, told with the case
             out.fail(f"raised {type(error).__name__}: {error}; {subject.name}, {case!r}")
     for kind, seen in floats.items():
         _floats_differ(kind, seen, out)
-    out.note("bits equal" if linear is None or linear.bitwise_splits else "bits not claimed: judged by bound")
+    out.note(
+        "bits equal"
+        if linear is None or linear.bitwise_splits
+        else "bits not claimed: judged by bound"
+    )
     out.seconds = time.monotonic() - begun
     return out
 
@@ -82,10 +91,14 @@ def _floats_differ(kind: str, seen: _Floats, out: Outcome) -> None:
     """The control against a test too weak to see a sum's order."""
     if seen.cases == 0:
         return
-    out.note(f"control, {kind}: float sums on the same cuts gave more than one digest in {seen.differed} of "
-             f"{seen.cases} cases")
+    out.note(
+        f"control, {kind}: float sums on the same cuts gave more than one digest in {seen.differed} of "
+        f"{seen.cases} cases"
+    )
     if seen.cases >= ENOUGH_FOR_FLOATS and seen.differed == 0:
-        out.fail(f"control: float sums never differed between cuts ({kind}): these cuts prove nothing")
+        out.fail(
+            f"control: float sums never differed between cuts ({kind}): these cuts prove nothing"
+        )
 
 
 def _documents(case: SplitCase, device: str) -> tuple[list, list, tuple]:
@@ -110,8 +123,17 @@ def _linear(subject: Subject, case: SplitCase, out: Outcome, floats: _Floats) ->
 
     def go(cut: Cut, mode: str, dropout: float = case.dropout) -> SplitResult:
         parts = [
-            Documents(tuple(1000 + i for i in group), [x[i] for i in group], [dy[i] for i in group],
-                      weight, a, b, 8.0, dropout, case.seed)
+            Documents(
+                tuple(1000 + i for i in group),
+                [x[i] for i in group],
+                [dy[i] for i in group],
+                weight,
+                a,
+                b,
+                8.0,
+                dropout,
+                case.seed,
+            )
             for group in cut
         ]
         return part.accumulate(parts, mode)
@@ -126,28 +148,51 @@ def _linear(subject: Subject, case: SplitCase, out: Outcome, floats: _Floats) ->
         digests = {name: md5_of_tensors({"da": r.da, "db": r.db}) for name, r in results.items()}
         _one_digest(digests, "dA and dB", out, where)
         for name, result in results.items():
-            same = all(torch.equal(p, q) for i in first.rows for p, q in zip(first.rows[i], result.rows[i]))
-            out.check(same, f"y or dx of a document has other bits in '{name}' than in 'all'; {where}")
+            same = all(
+                torch.equal(p, q) for i in first.rows for p, q in zip(first.rows[i], result.rows[i])
+            )
+            out.check(
+                same, f"y or dx of a document has other bits in '{name}' than in 'all'; {where}"
+            )
     if case.dropout == 0:
         within = results if not part.bitwise_splits else {"all": first}
         for name, result in within.items():
-            _within_bound(part, mode, case, (x, dy, weight, a, b), result, out, f"'{name}', {where}")
+            tensors = (x, dy, weight, a, b)
+            _within_bound(part, mode, case, tensors, cuts[name], result, out, f"'{name}', {where}")
         wet = go(cuts["all"], mode, 0.1)
-        out.check(not torch.equal(wet.da, first.da), f"control: dropout 0.1 gives the same dA as 0; {where}")
+        out.check(
+            not torch.equal(wet.da, first.da),
+            f"control: dropout 0.1 gives the same dA as 0; {where}",
+        )
     elif GRAD in part.modes:
         floats.cases += 1
-        kinds = {md5_of_tensors({"da": r.da, "db": r.db}) for r in (go(c, GRAD) for c in cuts.values())}
+        kinds = {
+            md5_of_tensors({"da": r.da, "db": r.db}) for r in (go(c, GRAD) for c in cuts.values())
+        }
         floats.differed += len(kinds) > 1
 
 
-def _within_bound(part, mode, case: SplitCase, tensors, result: SplitResult, out: Outcome, where: str) -> None:
+def _within_bound(
+    part, mode, case, tensors, cut: Cut, result: SplitResult, out: Outcome, where
+) -> None:
+    """Integer sums are rounded once; float sums once a micro-batch, and once more when it is added."""
     x, dy, weight, a, b = tensors
     rules, scale = part.roundings(DTYPES[case.dtype], mode), scale_of(8.0, case.r, False)
-    bounds = graphs.lora_linear(
-        torch.cat(x), weight, a, b, scale, None, torch.cat(dy), None, 0.0, rules, documents=len(x)
-    )
-    for name in ("da", "db"):
-        judged = judge(getattr(result, name), getattr(bounds, name))
+    groups = [tuple(i for group in cut for i in group)] if rules.fixed_point else cut
+    sums: dict[str, Bounded] = {}
+    for group in groups:
+        bounds = graphs.lora_linear(
+            torch.cat([x[i] for i in group]), weight, a, b, scale, None,
+            torch.cat([dy[i] for i in group]), None, 0.0, rules, documents=len(group),
+        )  # fmt: skip
+        for name in ("da", "db"):
+            new = getattr(bounds, name)
+            if name in sums:
+                old = sums[name]
+                new = store(Bounded(old.value + new.value, old.radius + new.radius), rules.sums)
+            sums[name] = new
+    for name, bound in sums.items():
+        judged = judge(getattr(result, name), bound)
         out.share(judged.share, f"{judged.sentence(name)}; {where}")
 
 
@@ -156,7 +201,8 @@ def _cuts_differ(ran: dict[str, tuple], cuts: dict[str, Cut], out: Outcome, wher
     for name, sizes in ran.items():
         out.check(
             len(sizes) == len(cuts[name]) and sum(sizes) == sum(ran["all"]),
-            f"control: cut '{name}' has {len(cuts[name])} micro-batches, and forwards of {sizes} tokens ran; {where}",
+            f"control: cut '{name}' has {len(cuts[name])} micro-batches, but forwards of {sizes} tokens "
+            f"ran; {where}",
         )
 
 
@@ -183,13 +229,21 @@ def _model(subject: Subject, case: TrainCase, out: Outcome, floats: _Floats) -> 
             ran = {name: r.ran[step] for name, r in results.items()}
             _cuts_differ(ran, by_cut, out, f"step {step + 1}, dropout {dropout}, {where}")
             digests = {name: md5_of_tensors(r.after[step]) for name, r in results.items()}
-            _one_digest(digests, f"adapters after step {step + 1} with dropout {dropout}", out, where)
+            _one_digest(
+                digests, f"adapters after step {step + 1} with dropout {dropout}", out, where
+            )
         first = results["all"]
-        still = [name for name in first.before if torch.equal(first.before[name], first.after[-1][name])]
+        still = [
+            name for name in first.before if torch.equal(first.before[name], first.after[-1][name])
+        ]
         out.check(not still, f"control: {still[:3]} did not move in {case.steps} steps; {where}")
         out.check(first.frozen[0] == first.frozen[1], f"frozen weights changed; {where}")
         finals[dropout] = md5_of_tensors(first.after[-1])
-    out.check(finals[0.0] != finals[0.1], f"control: dropout 0.1 trains the same adapter as 0; {where}")
+    out.check(
+        finals[0.0] != finals[0.1], f"control: dropout 0.1 trains the same adapter as 0; {where}"
+    )
     floats.cases += 1
-    some = [trainer.train(case, cuts[name], float_sums=True) for name in ("all", "one each", "pairs")]
+    some = [
+        trainer.train(case, cuts[name], float_sums=True) for name in ("all", "one each", "pairs")
+    ]
     floats.differed += len({md5_of_tensors(r.gradients[-1]) for r in some}) > 1

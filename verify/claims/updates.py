@@ -1,8 +1,9 @@
 """updates: a step changes what it must, by what AdamW says, and nothing else.
 
-At step 1 with B = 0, dA is exactly 0, so A must not move (weight decay aside): "every tensor changes" would
-be a wrong rule there. Adam's first update is about the rate times the sign of the gradient, so updates are
-never compared across two gradients: the optimiser is judged on the subject's own.
+At step 1 with B = 0, dA is exactly 0, so A must not move (weight decay aside): "every tensor
+changes" would be a wrong rule there. Adam's first update is about the rate times the sign of the
+gradient, so updates are never compared across two gradients: the optimiser is judged on the
+subject's own.
 """
 
 from __future__ import annotations
@@ -51,9 +52,13 @@ def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
         out.tags |= {subject.device, "fp32", *subject.tags}
         try:
             doubtful += (_training if training else _steps)(subject, case, out)
-        except Exception as error:  # a crash of the subject is a failure of the claim, told with the case
+        except (
+            Exception
+        ) as error:  # a crash of the subject is a failure of the claim, told with the case
             out.fail(f"raised {type(error).__name__}: {error}; {subject.name}, {case!r}")
-    out.note(f"elements whose update is in doubt by half the rate or more: {doubtful}, counted, not judged")
+    out.note(
+        f"elements whose update is in doubt by half the rate or more: {doubtful}, counted, not judged"
+    )
     out.seconds = time.monotonic() - begun
     return out
 
@@ -82,12 +87,15 @@ def _steps(subject: Subject, case: OptimizerCase, out: Outcome) -> int:
     return doubtful
 
 
-def _against_oracle(subject, before, after, gradients, hyper: Hyper, out: Outcome, where: str) -> int:
+def _against_oracle(
+    subject, before, after, gradients, hyper: Hyper, out: Outcome, where: str
+) -> int:
     """Judge every step's parameters; the number of elements left out as doubtful."""
     optimizer = subject.optimizer
     oracle = AdamWOracle(before, hyper)
     bounds = {
-        name: AdamWBounds(exact(p), hyper, arithmetic=optimizer.arithmetic) for name, p in before.items()
+        name: AdamWBounds(exact(p), hyper, arithmetic=optimizer.arithmetic)
+        for name, p in before.items()
     }
     doubtful = 0
     for step, (got, gradient) in enumerate(zip(after, gradients), 1):
@@ -99,7 +107,8 @@ def _against_oracle(subject, before, after, gradients, hyper: Hyper, out: Outcom
         for name, tracked in bounds.items():
             bound = tracked.step(gradient[name], clip, slack)
             bound = around(expected[name], bound)
-            # Half a rate, beyond the rounding of the parameter itself: the sign of the update is open.
+            # Half a rate, beyond the rounding of the parameter itself: the sign of the update is
+            # open.
             spacing = torch.finfo(torch.float32).eps * bound.value.abs()
             doubt = (bound.radius >= hyper.lr / 2 + 4 * spacing) & (hyper.lr > 0)
             doubtful += int(doubt.sum())
@@ -127,9 +136,17 @@ def _training(subject: Subject, case: TrainCase, out: Outcome) -> int:
     )
     moved = trainer.train(decayed, cut)
     doubtful += _against_oracle(
-        subject, moved.before, moved.after, moved.gradients, decayed.hyper, out, f"{where}, decay and clipping"
+        subject,
+        moved.before,
+        moved.after,
+        moved.gradients,
+        decayed.hyper,
+        out,
+        f"decay, clipping, {where}",
     )
-    still = trainer.train(dataclasses.replace(plain, steps=1, hyper=Hyper(lr=0.0, weight_decay=0.1)), cut)
+    still = trainer.train(
+        dataclasses.replace(plain, steps=1, hyper=Hyper(lr=0.0, weight_decay=0.1)), cut
+    )
     same = all(torch.equal(still.before[name], still.after[0][name]) for name in still.before)
     out.check(same, f"a tensor moved at rate 0; {where}")
     return doubtful
@@ -144,7 +161,10 @@ def _first_steps(result: TrainResult, out: Outcome, where: str) -> None:
         else:
             out.check(not bool(start.any()), f"{name} does not start at 0; {where}")
             out.check(not torch.equal(first, start), f"{name} did not move at step 1; {where}")
-        out.check(not torch.equal(last, start), f"{name} did not move in {len(result.after)} steps; {where}")
+        out.check(
+            not torch.equal(last, start),
+            f"{name} did not move in {len(result.after)} steps; {where}",
+        )
         out.check(bool(last.isfinite().all()), f"{name} is not finite after training; {where}")
 
 
@@ -153,12 +173,14 @@ def report_rows(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor])
     rows = []
     for name in sorted(before):
         difference = (after[name].double() - before[name].double()).abs()
-        rows.append({
-            "name": name,
-            "md5_before": md5_of_tensor(before[name]),
-            "md5_after": md5_of_tensor(after[name]),
-            "sum_abs_diff": float(difference.sum()),
-            "max_abs_diff": float(difference.max()),
-            "share_changed": float((difference > 0).double().mean()),
-        })
+        rows.append(
+            {
+                "name": name,
+                "md5_before": md5_of_tensor(before[name]),
+                "md5_after": md5_of_tensor(after[name]),
+                "sum_abs_diff": float(difference.sum()),
+                "max_abs_diff": float(difference.max()),
+                "share_changed": float((difference > 0).double().mean()),
+            }
+        )
     return rows
