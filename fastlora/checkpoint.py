@@ -110,9 +110,10 @@ def check_identity(found: dict, wanted: dict) -> None:
         InputError: names the first entry that differs, with both values.
     """
     for name in (*wanted, *(n for n in found if n not in wanted)):
-        if found.get(name) != wanted.get(name):
-            raise InputError(f"resume: the checkpoint is of another run: {name} was {found.get(name)!r}, now it "
-                             f"is {wanted.get(name)!r}; give the same, or start again with --overwrite")
+        was, now = found.get(name), wanted.get(name)
+        if was != now:
+            raise InputError(f"resume: the checkpoint is of another run: {name} was {was!r}, now it is {now!r}; "
+                             "give the same, or start again with --overwrite")
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

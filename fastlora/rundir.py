@@ -1,0 +1,120 @@
+"""The output folder of a run: which files it holds, when it may be written, and ``run.toml``."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import platform
+import shlex
+import shutil
+import tomllib
+from importlib import metadata
+
+from fastlora.errors import InputError
+from fastlora.files import atomic_write_text
+from fastlora.train_config import TrainConfig
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+REPORT, LOG, PICTURE, RUN = "report.json", "log.jsonl", "loss.png", "run.toml"
+CHECKPOINTS, BOARD = "checkpoints", "tensorboard"
+OWN = (*ADAPTER_FILES, REPORT, LOG, PICTURE, RUN, CHECKPOINTS, BOARD)
+
+
+def holds_run(folder: pathlib.Path) -> bool:
+    """Whether any file of a run lies in ``folder``."""
+    return any((folder / name).exists() for name in OWN)
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse an output folder that may not be written. Writes nothing.
+
+    Raises:
+        InputError: a file; not writable; holds another run (and neither ``resume`` nor ``overwrite`` is
+            given); ``resume`` where there is no run.
+    """
+    folder = config.folder
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output = {config.output!r}: it is a file; allowed is a folder")
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"output = {config.output!r}: {existing} cannot be written")
+    if config.resume and not (folder / RUN).is_file():
+        raise InputError(f"resume: no run to go on with in output = {config.output!r} (no {RUN} there)")
+    if holds_run(folder) and not (config.resume or config.overwrite):
+        raise InputError(f"output = {config.output!r}: the folder holds another run; allowed are --resume to "
+                         "go on with it, --overwrite to replace it, or another folder")
+
+
+def open_folder(config: TrainConfig) -> pathlib.Path:
+    """Make the folder; under ``overwrite`` take away the files of the run that is there, and no others."""
+    folder = config.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.overwrite:
+        for name in OWN:
+            path = folder / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    return folder
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the bits, and of Python."""
+    found = {"python": platform.python_version()}
+    for package in ("fastlora", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_run(folder: pathlib.Path, tables: dict[str, dict]) -> None:
+    """Write ``run.toml``: one table each of the complete resolved configuration. None is left out."""
+    lines = ["# Written by fastlora train; what is not listed had no value.\n"]
+    for name, table in tables.items():
+        lines.append(f"[{name}]\n")
+        lines += [f"{_key(k)} = {_toml(v)}\n" for k, v in table.items() if v is not None]
+        lines.append("\n")
+    atomic_write_text(folder / RUN, "".join(lines))
+
+
+def read_run(folder: str | os.PathLike) -> dict[str, dict]:
+    """The tables of ``run.toml`` in ``folder``.
+
+    Raises:
+        InputError: there is none, or it is not TOML.
+    """
+    path = pathlib.Path(folder) / RUN
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"output = {os.fspath(folder)!r}: its {RUN} cannot be read ({error})") from error
+
+
+def how_to_go_on(config: TrainConfig) -> str:
+    """The command that goes on with a stopped run; ``run.toml`` holds all the rest."""
+    return f"fastlora train --output {shlex.quote(config.output)} --resume"
+
+
+def _key(name: str) -> str:
+    bare = name and all(c.isascii() and (c.isalnum() or c in "-_") for c in name)
+    return name if bare else json.dumps(name)
+
+
+def _toml(value) -> str:
+    """A TOML value. JSON's strings are TOML's, but for DEL, which TOML wants escaped."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{_key(k)} = {_toml(v)}" for k, v in value.items()) + " }"
+    raise TypeError(f"no TOML value: {value!r}")
