@@ -159,7 +159,8 @@ def backward_ref(
             partials[index] = (da, db)
         if not needs_dx:
             return
-        out = dx[start:stop] if dtype == torch.float32 else torch.empty_like(xt, dtype=torch.float32)
+        fp32 = dtype == torch.float32
+        out = dx[start:stop] if fp32 else torch.empty_like(xt, dtype=torch.float32)
         torch.mm(dyt, w32, out=out)
         if keep is None:
             out.addmm_(dst, a32)
