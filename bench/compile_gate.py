@@ -105,7 +105,7 @@ def build_arguments(case: Case):
         BM=tile.bm, BN=tile.bn, BK=tile.bk, BR=low, GROUP=tile.group,
     )  # fmt: skip
     if not tma:
-        signature = {name: element for name in ("p_x", "p_w", "p_s", "p_b", "p_bias", "p_y")}
+        signature = dict.fromkeys(("p_x", "p_w", "p_s", "p_b", "p_bias", "p_y"), element)
         signature |= {"p_token": "*i64", "M": "i32"} | drop
         return gemm_file.gemm_kernel, tile, signature, constants | {"PRECISION": precision}
 

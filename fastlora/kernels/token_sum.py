@@ -30,6 +30,7 @@ def token_sum_kernel(
 ):
     """p_wide [M, F]; p_narrow [M, R]; p_out element (feature, rank) at feature * OUT_F + rank * OUT_R; p_b [F, R];
     p_ds fp32 [F / BF, M, R] partials of dS. RANK <= R is the rank without padding."""
+    tl.static_assert(BF * R < 65536)  # two counts share one int32 below
     i_run = tl.program_id(0)
     i_f = tl.program_id(1)
     o_f = i_f * BF + tl.arange(0, BF)

@@ -1,0 +1,40 @@
+"""A chosen set of kernels compiled with no GPU: they must fit, spill nothing and use the instructions they were written for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.compile_gate import Case, all_cases, compile_case
+from fastlora.kernels import tables
+
+# Two dozen of the full set (`nox -s bench -- gate`): every architecture's default rank in both directions, and on the most
+# common data-centre and consumer cards the sums, the edges and dropout too.
+CHOSEN = [Case("gemm", arch, transposed=side) for arch in tables.ARCHITECTURES for side in (True, False)]
+CHOSEN += [
+    Case(operation, arch, rank=rank)
+    for arch in ("sm_89", "sm_90")
+    for operation, rank in (("project", 16), ("db_ds", 16), ("da", 16), ("db", 128), ("da", 256))
+]
+CHOSEN += [
+    Case("gemm", "sm_90", transposed=False, dropout=True), Case("da", "sm_90", dropout=True),
+    Case("gemm", "sm_90", outer=257, inner=129), Case("gemm", "sm_86", torch.float32),
+    Case("db_ds", "sm_90", exact=False), Case("gemm", "sm_90", torch.float16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CHOSEN, ids=lambda case: case.name)
+def test_kernel_fits_and_does_not_spill(case):
+    _, report = compile_case(case)
+    assert report.spills == 0, f"{report.spills} bytes of registers spilled"
+    assert report.shared <= tables.SHARED_MEMORY[case.arch], f"{report.shared} bytes of shared memory"
+    if case.arch == "sm_90" and case.operation == "gemm" and case.dtype != torch.float32:
+        assert report.wgmma > 0, "no warp-group matrix instruction"
+        if case.inner % 8 == 0:
+            assert report.tma > 0, "no bulk tensor copy"
+
+
+def test_chosen_cases_are_few_and_known():
+    assert len(CHOSEN) <= 60
+    assert {case.arch for case in CHOSEN} == set(tables.ARCHITECTURES)
+    assert len(all_cases()) > len(CHOSEN)
