@@ -14,6 +14,7 @@ import fastlora
 from fastlora import blocks, packing, stream
 from fastlora.data import make_row
 from fastlora.errors import TrainingError
+from fastlora.exact import discard
 from fastlora.families import head_of
 from fastlora.ops import backend
 from fastlora.ops.dropout import module_key
@@ -82,6 +83,8 @@ class FastloraLinear:
         self, device: str, dtypes: tuple[torch.dtype, ...], forced: str | None = None
     ) -> None:
         self.device, self.dtypes, self.forced = device, dtypes, forced
+        # What the kernels need of documents they need in the interpreter too.
+        self.alignment = stream.alignment_for("cuda" if forced == "triton" else device)
 
     def roundings(self, dtype: torch.dtype, mode: str) -> Roundings:
         """S and dS rounded once; y and dx rounded once from an fp32 accumulator; integer sums if exact."""
@@ -136,7 +139,7 @@ class FastloraLinear:
         try:
             da, db = _exact_gradients(layer, divisor)
         finally:
-            fastlora.exact.discard(net)
+            discard(net)
         return LinearResult(y.detach(), dx, da, db, keep)
 
     def accumulate(self, parts: list[Documents], mode: str) -> SplitResult:
@@ -154,12 +157,12 @@ class FastloraLinear:
         if mode == GRAD:
             return SplitResult(layer.lora_A.weight.grad, layer.lora_B.weight.grad, rows, tuple(ran))
         da, db = _exact_gradients(layer, 1.0)
-        fastlora.exact.discard(net)
+        discard(net)
         return SplitResult(da, db, rows, tuple(ran))
 
     def _one_part(self, layer: nn.Module, part: Documents) -> dict:
         lengths = tuple(len(x) for x in part.x)
-        packed = stream.Stream(lengths, stream.alignment_for(self.device), part.ids, SEED, 0)
+        packed = stream.Stream(lengths, self.alignment, part.ids, SEED, 0)
         x = torch.ones(packed.total, part.x[0].shape[1], dtype=part.x[0].dtype, device=self.device)
         dy = torch.zeros(packed.total, part.dy[0].shape[1], dtype=x.dtype, device=self.device)
         for (start, _), length, xs, dys in zip(packed.spans, lengths, part.x, part.dy):
