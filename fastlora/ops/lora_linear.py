@@ -145,8 +145,8 @@ def _check(x, weight, a, b, bias, dropout, key) -> None:
         raise InputError(
             f"x, weight: dtypes {x.dtype}, {weight.dtype}; allowed: one of bfloat16, float16, float32, the same for both"
         )
-    if bias is not None and bias.shape != (outer,):
-        raise InputError(f"bias: shape {tuple(bias.shape)}; allowed: [{outer}]")
+    if bias is not None and (bias.shape != (outer,) or bias.dtype != x.dtype):
+        raise InputError(f"bias: {bias.dtype} {tuple(bias.shape)}; allowed: {x.dtype} [{outer}]")
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise InputError("weight, bias: requires_grad is True; the base is frozen, call requires_grad_(False) on it")
     check_probability(dropout)
