@@ -1,7 +1,8 @@
-"""Training rows from a JSONL file: read, checked line by line, tokenized, and every refusal named by its line.
+"""Training rows from a JSONL file: read, checked and tokenized; every refusal names its line.
 
-A row holds ``messages`` (a chat), ``prompt`` and ``completion``, or ``text``; one file holds one of the three.
-Blank lines are passed over, a UTF-8 byte order mark is taken off, other keys are ignored.
+A row holds ``messages`` (a chat), ``prompt`` and ``completion``, or ``text``; one file holds one of
+the three. Blank lines are passed over, a UTF-8 byte order mark is taken off, other keys are
+ignored.
 """
 
 from __future__ import annotations
@@ -41,11 +42,12 @@ class Row:
 
     Attributes:
         input_ids: int32 [n].
-        labels: int32 [n], not shifted: a supervised token's label is the token itself, others are -100. The first
-            token has no predecessor to be predicted from and is never supervised.
+        labels: int32 [n], not shifted: a supervised token's label is the token itself, others are
+            -100. The first token has no predecessor to be predicted from and is never supervised.
         line: the line of the file it came from, counted from 1.
         format: one of ``encode.FORMATS``.
-        key: 63-bit hash of ids and labels: rows of equal content have equal keys, wherever they stand.
+        key: 63-bit hash of ids and labels: rows of equal content have equal keys, wherever they
+            stand.
     """
 
     input_ids: np.ndarray
@@ -65,7 +67,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Problem:
-    """A row that was not used (or was cut): its line, the kind (a key of ``KINDS``) and a sentence."""
+    """A row that was not used: its line, the kind (a key of ``KINDS``) and a sentence."""
 
     line: int
     kind: str
@@ -78,8 +80,9 @@ class RowSet:
 
     Attributes:
         rows: in the order of the file.
-        counts: lines, blank, used, skipped, truncated, tokens, supervised, without_end (rows in which no end token
-            is supervised, so that they do not teach the model to stop), and one count for each kind of ``KINDS``.
+        counts: lines, blank, used, skipped, truncated, tokens, supervised, without_end (rows in
+            which no end token is supervised, so that they do not teach the model to stop), and one
+            count for each kind of ``KINDS``.
         problems: what was wrong, by line.
         format: one of ``encode.FORMATS``.
     """
@@ -92,19 +95,20 @@ class RowSet:
     def summary(self) -> str:
         """One line for the start of a run."""
         counts = self.counts
-        parts = [f"{counts['used']} rows ({self.format}), {counts['tokens']} tokens, {counts['supervised']} supervised"]
+        parts = [
+            f"{counts['used']} rows ({self.format})",
+            f"{counts['tokens']} tokens, {counts['supervised']} supervised",
+        ]
         if counts["truncated"]:
             parts.append(f"{counts['truncated']} cut to the length limit")
         if counts["skipped"]:
-            kinds = ", ".join(f"{counts[kind]} {name}" for kind, name in KINDS.items() if _skipped(self.problems, kind))
+            kinds = ", ".join(
+                f"{counts[kind]} {name}" for kind, name in KINDS.items() if counts[kind]
+            )
             lines = ", ".join(str(problem.line) for problem in self.problems[:5])
             more = ", ..." if len(self.problems) > 5 else ""
             parts.append(f"{counts['skipped']} skipped ({kinds}; lines {lines}{more})")
         return "; ".join(parts)
-
-
-def _skipped(problems: list[Problem], kind: str) -> bool:
-    return any(problem.kind == kind for problem in problems)
 
 
 def make_row(ids: list[int], supervised: list[bool], line: int, kind: str) -> Row:
@@ -114,7 +118,9 @@ def make_row(ids: list[int], supervised: list[bool], line: int, kind: str) -> Ro
         RowError: no token after the first is supervised.
     """
     input_ids = np.asarray(ids, dtype=np.int32)
-    labels = np.where(np.asarray(supervised, dtype=bool), input_ids, np.int32(IGNORED)).astype(np.int32)
+    labels = np.where(np.asarray(supervised, dtype=bool), input_ids, np.int32(IGNORED)).astype(
+        np.int32
+    )
     labels[:1] = IGNORED
     if not (labels != IGNORED).any():
         raise RowError("no_supervised_token", "no supervised token")
@@ -139,18 +145,21 @@ def format_of(record: object) -> str:
         found.append("prompt-completion")
         for name in ("prompt", "completion"):
             if name not in record:
-                raise RowError("bad_format", f"no '{name}' beside the other of prompt and completion")
+                raise RowError(
+                    "bad_format", f"no '{name}' beside the other of prompt and completion"
+                )
     if "text" in record:
         found.append("text")
     if len(found) == 1:
         return found[0]
     keys = ", ".join(sorted(record)[:8]) or "none"
     what = "fields of more than one format" if found else "no known field"
-    raise RowError("bad_format", f"{what} (its keys: {keys}); give 'messages', 'prompt' and 'completion', or 'text'")
+    allowed = "give 'messages', 'prompt' and 'completion', or 'text'"
+    raise RowError("bad_format", f"{what} (its keys: {keys}); {allowed}")
 
 
 def encode_record(record: dict, tokenizer) -> tuple[list[int], list[bool]]:
-    """Ids and the mask of supervised tokens of one parsed line, by its format (see :func:`format_of`)."""
+    """Ids and the mask of supervised tokens of one parsed line, by its :func:`format_of`."""
     kind = format_of(record)
     if kind == "messages":
         return template.encode_messages(tokenizer, record["messages"], tools=record.get("tools"))
@@ -160,7 +169,7 @@ def encode_record(record: dict, tokenizer) -> tuple[list[int], list[bool]]:
 
 
 def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, bytes without line end) of every line; a UTF-8 byte order mark is taken off the first.
+    """(line number from 1, bytes without line end) of every line, without a byte order mark.
 
     Raises:
         InputError: the file cannot be read, or is UTF-16 or UTF-32.
@@ -169,12 +178,18 @@ def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if number == 1:
-                    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
-                        raise InputError(f"data {os.fspath(path)} is UTF-16 or UTF-32; save it as UTF-8")
+                    if line.startswith(
+                        (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+                    ):
+                        raise InputError(
+                            f"data {os.fspath(path)} is UTF-16 or UTF-32; save it as UTF-8"
+                        )
                     line = line.removeprefix(codecs.BOM_UTF8)
                 yield number, line.rstrip(b"\r\n")
     except OSError as error:
-        raise InputError(f"data {os.fspath(path)} cannot be read: {error.strerror}; give a JSONL file") from error
+        raise InputError(
+            f"data {os.fspath(path)} cannot be read: {error.strerror}; give a JSONL file"
+        ) from error
 
 
 def parse_line(line: bytes) -> object:
@@ -208,8 +223,10 @@ def read_rows(
         path: the file.
         tokenizer: a transformers tokenizer.
         max_length: the most tokens a row may have, end tokens counted; None sets no limit.
-        on_bad_row: "refuse" (all bad rows are named in one error) or "skip" (counted and named in the result).
-        on_long_row: "refuse", "skip", or "truncate" (the first ``max_length`` tokens are kept; the end token is lost).
+        on_bad_row: "refuse" (all bad rows are named in one error) or "skip" (counted and named in
+            the result).
+        on_long_row: "refuse", "skip", or "truncate" (the first ``max_length`` tokens are kept; the
+            end token is lost).
 
     Returns:
         A :class:`RowSet` with at least one row.
@@ -220,20 +237,26 @@ def read_rows(
     if on_bad_row not in ON_BAD_ROW:
         raise InputError(f"on_bad_row is {on_bad_row!r}; it must be one of {', '.join(ON_BAD_ROW)}")
     if on_long_row not in ON_LONG_ROW:
-        raise InputError(f"on_long_row is {on_long_row!r}; it must be one of {', '.join(ON_LONG_ROW)}")
+        raise InputError(
+            f"on_long_row is {on_long_row!r}; it must be one of {', '.join(ON_LONG_ROW)}"
+        )
     if max_length is not None and max_length < 2:
-        raise InputError(f"max_length is {max_length}; it must be at least 2 (one token to predict another from)")
+        raise InputError(
+            f"max_length is {max_length}; it must be at least 2 (one token to predict another from)"
+        )
 
     reader = _Reader(tokenizer, max_length, on_long_row)
     for number, line in read_lines(path):
         reader.add(number, line)
     name = os.fspath(path)
-    refused = [p for p in reader.problems if (on_long_row if p.kind == "too_long" else on_bad_row) == "refuse"]
+    policy = {kind: on_long_row if kind == "too_long" else on_bad_row for kind in KINDS}
+    refused = [problem for problem in reader.problems if policy[problem.kind] == "refuse"]
     if refused:
         raise InputError(_refusal(name, refused))
     if not reader.rows:
-        why = f"; line {reader.problems[0].line}: {reader.problems[0].message}" if reader.problems else "; it is empty"
-        raise InputError(f"data {name} has no usable row{why}")
+        first = reader.problems[:1]
+        why = f"line {first[0].line}: {first[0].message}" if first else "it is empty"
+        raise InputError(f"data {name} has no usable row; {why}")
     return reader.result()
 
 
@@ -263,7 +286,10 @@ class _Reader:
         if self.format is None:
             self.format = kind
         elif kind != self.format:
-            raise RowError("bad_format", f"format {kind} in a file whose first row is {self.format}; use one a file")
+            raise RowError(
+                "bad_format",
+                f"format {kind} in a file whose first row is {self.format}; use one format a file",
+            )
         ids, supervised = encode_record(record, self.tokenizer)
         # Truncation takes end tokens away on purpose, so rows are looked at before it.
         if self.ends is None:
@@ -300,4 +326,5 @@ def _refusal(name: str, problems: list[Problem], shown: int = 5) -> str:
     if any(problem.kind == "too_long" for problem in problems):
         remedies.append("--on-long-row skip or truncate")
     rows = "1 row" if len(problems) == 1 else f"{len(problems)} rows"
-    return f"data {name}: {rows} cannot be used: {named}{more}. Mend the file or give {' and '.join(remedies)}"
+    remedy = " and ".join(remedies)
+    return f"data {name}: {rows} cannot be used: {named}{more}. Mend the file or give {remedy}"

@@ -1,7 +1,8 @@
-"""From the text of one row to token ids and the mask of supervised tokens, for plain text and prompt + completion.
+"""From the text of a row to token ids and the mask of supervised ones: plain text, or a prompt
+pair.
 
-Chats (``messages``) are in template.py. Training and generation both call these functions, so that a prompt has
-the same ids in both.
+Chats (``messages``) are in template.py. Training and generation both call these functions, so that
+a prompt has the same ids in both.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ FORMATS = ("messages", "prompt-completion", "text")
 
 
 class RowError(InputError):
-    """A row that cannot be trained on. ``kind`` is the key under which it is counted (see ``data.KINDS``)."""
+    """A row that cannot be trained on; ``kind`` (of ``data.KINDS``) says how it is counted."""
 
     def __init__(self, kind: str, message: str):
         super().__init__(message)
@@ -23,7 +24,8 @@ def check_text(text: object, field: str) -> str:
     """Return ``text`` if it is a string that UTF-8 can hold.
 
     Raises:
-        RowError: it is no string, or holds half of a surrogate pair (JSON can spell one, UTF-8 cannot).
+        RowError: it is no string, or holds half of a surrogate pair (JSON can spell one, UTF-8
+            cannot).
     """
     if not isinstance(text, str):
         raise RowError("bad_format", f"'{field}' is {type(text).__name__}; it must be a string")
@@ -49,12 +51,18 @@ def end_id(tokenizer) -> int:
         InputError: it has none, so a model trained on its rows would never learn to stop.
     """
     if tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer has no end token (eos_token is null); set eos_token in its tokenizer_config.json")
+        raise InputError(
+            "the tokenizer has no end token (eos_token is null); set eos_token in its"
+            " tokenizer_config.json"
+        )
     return int(tokenizer.eos_token_id)
 
 
 def prompt_ids(tokenizer, prompt: str) -> list[int]:
-    """Ids of a prompt: the begin token if the tokenizer has one (once, also if the text spells it), then the text."""
+    """Ids of a prompt: the begin token if the tokenizer has one, then the text.
+
+    There is one begin token, also where the text spells it itself.
+    """
     ids = tokenize(tokenizer, prompt)
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:1] != [bos]:
@@ -65,9 +73,9 @@ def prompt_ids(tokenizer, prompt: str) -> list[int]:
 def encode_pair(tokenizer, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
     """Prompt and completion, one after the other; the completion and one end token are supervised.
 
-    The prompt's ids are those that generation will use. Where tokenizing the joined text begins with exactly
-    these ids, the completion keeps the ids it has there; where a token would span the border, the completion is
-    tokenized by itself.
+    The prompt's ids are those that generation will use. Where tokenizing the joined text begins
+    with exactly these ids, the completion keeps the ids it has there; where a token would span the
+    border, the completion is tokenized by itself.
 
     Returns:
         (ids, supervised), both of one length.
@@ -89,7 +97,9 @@ def encode_pair(tokenizer, prompt: str, completion: str) -> tuple[list[int], lis
 
 
 def encode_text(tokenizer, text: str) -> tuple[list[int], list[bool]]:
-    """Plain text between one begin token (if the tokenizer has one) and one end token; all but the first are supervised.
+    """Plain text between one begin token (if the tokenizer has one) and one end token.
+
+    All tokens but the first are supervised.
 
     Returns:
         (ids, supervised), both of one length.

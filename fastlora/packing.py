@@ -1,7 +1,8 @@
-"""From rows to micro-batches: the order of an epoch, the names of samples, the cut of a global batch, one stream.
+"""From rows to micro-batches: an epoch's order, names of samples, cuts of a batch, one stream.
 
-Nothing here may let a row's place in a file or in a batch reach the arithmetic: a sample's id comes from its
-content, and a stream keeps every document in a span of its own that starts at a multiple of the alignment.
+Nothing here may let a row's place in a file or in a batch reach the arithmetic: a sample's id comes
+from its content, and a stream keeps every document in a span of its own that starts at a multiple
+of the alignment.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from fastlora.data import IGNORED, Row
 from fastlora.errors import InputError
 from fastlora.stream import Stream, splitmix64
 
-# A valid id of every vocabulary. Padding is never supervised and comes after the row in causal order.
+# A valid id of every vocabulary. Padding is never supervised and comes after the row in causal
+# order.
 PADDING_ID = 0
 
 
@@ -45,8 +47,8 @@ class MicroBatch:
 def epoch_order(n: int, seed: int, epoch: int, shuffle: bool = True) -> list[int]:
     """The order of ``n`` rows in an epoch: a permutation by (seed, epoch), or the file's.
 
-    Rows are sorted by a splitmix64 hash of (seed, epoch, index): no random generator whose stream may change from
-    one library version to the next.
+    Rows are sorted by a splitmix64 hash of (seed, epoch, index): no random generator whose stream
+    may change from one library version to the next.
     """
     if not shuffle:
         return list(range(n))
@@ -55,10 +57,10 @@ def epoch_order(n: int, seed: int, epoch: int, shuffle: bool = True) -> list[int
 
 
 def sample_ids(rows: Sequence[Row]) -> tuple[int, ...]:
-    """A 63-bit id for each row of a global batch: its content's key mixed with its number among equal rows.
+    """A 63-bit id a row of a global batch: its content's key, mixed with its number among equals.
 
-    Equal rows may be swapped by another order of the batch; they take the same ids in another order, and being
-    equal, the sums over them are the same.
+    Equal rows may be swapped by another order of the batch; they take the same ids in another
+    order, and being equal, the sums over them are the same.
     """
     seen: Counter[int] = Counter()
     ids = []
@@ -76,7 +78,8 @@ def padded_length(length: int, alignment: int) -> int:
 def plan(rows: Sequence[Row], micro_batch_tokens: int | None, alignment: int) -> list[list[int]]:
     """Cut a global batch into micro-batches of at most ``micro_batch_tokens`` padded tokens.
 
-    First fit over the rows from long to short: the longest go first, so that a shortage of memory shows at the start
+    First fit over the rows from long to short: the longest go first, so that a shortage of memory
+        shows at the start
     of a step. None puts all rows into one micro-batch.
 
     Returns:

@@ -1,10 +1,11 @@
-"""Chats: messages to token ids and the mask of supervised tokens, through the tokenizer's own chat template.
+"""Chats: messages to token ids and the mask of supervised ones, by the tokenizer's own template.
 
-Assistant turns are supervised and nothing else. A template with ``{% generation %}`` marks says itself where these
-turns are. For any other, each turn is found by rendering the chat up to it and through it: the ids of both must be
-prefixes of the whole chat's ids, otherwise the template writes a turn differently once more turns follow (some drop
-earlier reasoning) and the row is refused rather than trained on something that generation never sees. Either way the
-supervised tokens are decoded again and must hold what the assistant said.
+Assistant turns are supervised and nothing else. A template with ``{% generation %}`` marks says
+itself where these turns are. For any other, each turn is found by rendering the chat up to it and
+through it: the ids of both must be prefixes of the whole chat's ids, otherwise the template writes
+a turn differently once more turns follow (some drop earlier reasoning) and the row is refused
+rather than trained on something that generation never sees. Either way the supervised tokens are
+decoded again and must hold what the assistant said.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import jinja2
 from fastlora.encode import RowError, check_text, end_id, tokenize
 from fastlora.errors import InputError
 
-# The word alone would do for detection by transformers too; whitespace control may stand on either side.
+# The word alone would do for detection by transformers too; whitespace control may stand on either
+# side.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # What the probe in stop_ids says as the assistant: found again in the rendered text.
@@ -46,17 +48,20 @@ def has_generation_marks(tokenizer) -> bool:
 
 
 def stop_ids(tokenizer, format: str) -> frozenset[int]:
-    """The ids at which an answer ends: the end token, and for chats what the template writes after a turn.
+    """The ids at which an answer ends: the end token, and what a chat template ends a turn with.
 
-    A template may close a turn with another token than the tokenizer's end token (Llama 3: ``<|eot_id|>``): a chat
-    of one turn is rendered, and the first special token after the assistant's words counts too.
+    A template may close a turn with another token than the tokenizer's end token (Llama 3:
+    ``<|eot_id|>``): a chat of one turn is rendered, and the first special token after the
+    assistant's words counts too.
     """
     if format != "messages":
         return frozenset({end_id(tokenizer)})
     stops = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     chat_template(tokenizer)
     try:
-        text = _render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}])
+        text = _render(
+            tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
+        )
     except RowError:
         return frozenset(stops)
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -81,7 +86,9 @@ def generation_ids(tokenizer, messages: Sequence[dict], tools: list | None = Non
 
 
 def check_messages(messages: object) -> None:
-    """Refuse what is no chat: a non-empty list of objects with a 'role' and, unless they call tools, a 'content'.
+    """Refuse what is no chat.
+
+    A chat is a non-empty list of objects with a 'role' and, unless they call tools, a 'content'.
 
     Raises:
         RowError: naming the message by its place, counted from 1.
@@ -90,26 +97,35 @@ def check_messages(messages: object) -> None:
         raise RowError("bad_format", "'messages' must be a list with at least one message")
     for place, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
-            raise RowError("bad_format", f"message {place} is {type(message).__name__}; it must be an object")
+            raise RowError(
+                "bad_format", f"message {place} is {type(message).__name__}; it must be an object"
+            )
         check_text(message.get("role"), f"role of message {place}")
         if message.get("content") is None and message.get("tool_calls"):
             continue
         check_text(message.get("content"), f"content of message {place}")
-        if message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls"):
+        if (
+            message["role"] == "assistant"
+            and not message["content"].strip()
+            and not message.get("tool_calls")
+        ):
             raise RowError("empty_completion", f"message {place}, of the assistant, is empty")
 
 
-def encode_messages(tokenizer, messages: object, tools: list | None = None) -> tuple[list[int], list[bool]]:
-    """A chat as token ids and the mask of supervised tokens: the assistant's turns with their end tokens.
+def encode_messages(
+    tokenizer, messages: object, tools: list | None = None
+) -> tuple[list[int], list[bool]]:
+    """A chat as ids and the mask of supervised ones: the assistant's turns with their end tokens.
 
-    White space that a template writes after the end token of a turn is not supervised: generation stops before it.
+    White space that a template writes after the end token of a turn is not supervised: generation
+        stops before it.
 
     Returns:
         (ids, supervised), both of one length.
 
     Raises:
-        RowError: no chat, no assistant turn, refused by the template, prefixes that disagree, or supervised tokens
-            that do not decode to what the assistant said.
+        RowError: no chat, no assistant turn, refused by the template, prefixes that disagree, or
+            supervised tokens that do not decode to what the assistant said.
         InputError: the tokenizer has no chat template.
     """
     marked = has_generation_marks(tokenizer)
@@ -133,7 +149,9 @@ def _render(tokenizer, messages: Sequence[dict], tools: list | None = None, **op
         raise RowError("template", f"the chat template refuses the messages: {error}") from error
 
 
-def _by_marks(tokenizer, messages: Sequence[dict], tools: list | None) -> tuple[list[int], list[bool]]:
+def _by_marks(
+    tokenizer, messages: Sequence[dict], tools: list | None
+) -> tuple[list[int], list[bool]]:
     try:
         encoded = tokenizer.apply_chat_template(
             list(messages),
@@ -154,28 +172,39 @@ def _by_prefixes(
     ids = tokenize(tokenizer, _render(tokenizer, messages, tools))
     supervised = [False] * len(ids)
     for turn in turns:
-        before = tokenize(tokenizer, _render(tokenizer, messages[:turn], tools, add_generation_prompt=True))
+        before = tokenize(
+            tokenizer, _render(tokenizer, messages[:turn], tools, add_generation_prompt=True)
+        )
         through = tokenize(tokenizer, _render(tokenizer, messages[: turn + 1], tools))
-        if ids[: len(before)] != before or ids[: len(through)] != through or len(through) <= len(before):
+        if (
+            ids[: len(before)] != before
+            or ids[: len(through)] != through
+            or len(through) <= len(before)
+        ):
             raise RowError(
                 "template",
-                f"the chat template writes message {turn + 1} differently alone and in the whole chat (prefixes"
-                " disagree); use a template with {% generation %} marks, or end the row at this message",
+                f"the chat template writes message {turn + 1} differently alone and in the whole chat"
+                " (prefixes disagree); use a template with {% generation %} marks, or end the row"
+                " at this message",
             )
         stop = len(through)
         while stop > len(before) and not tokenizer.decode([ids[stop - 1]]).strip():
             stop -= 1
         # Only white space behind an end token is dropped; without one it may be what ends the turn.
-        if ids[stop - 1] not in set(tokenizer.all_special_ids):
+        if tokenizer.decode([ids[stop - 1]], skip_special_tokens=True):
             stop = len(through)
         supervised[len(before) : stop] = [True] * (stop - len(before))
     return ids, supervised
 
 
-def _check_decoded(tokenizer, messages: Sequence[dict], ids: list[int], supervised: list[bool]) -> None:
+def _check_decoded(
+    tokenizer, messages: Sequence[dict], ids: list[int], supervised: list[bool]
+) -> None:
     """Decode the supervised tokens: in them, in order, must stand what each assistant turn says."""
     if not any(supervised):
-        raise RowError("no_supervised_token", "the chat template's {% generation %} marks hold no token")
+        raise RowError(
+            "no_supervised_token", "the chat template's {% generation %} marks hold no token"
+        )
     # A separator that cannot glue the end of one turn to the start of the next.
     spans, start = [], None
     for index, on in enumerate([*supervised, False]):
@@ -193,11 +222,13 @@ def _check_decoded(tokenizer, messages: Sequence[dict], ids: list[int], supervis
         found = text.find(content, place)
         if found < 0:
             raise RowError(
-                "template", f"the supervised tokens do not decode to what message {number}, of the assistant, says"
+                "template",
+                f"the supervised tokens do not decode to what message {number}, of the assistant,"
+                " says",
             )
         place = found + len(content)
 
 
 def _squeeze(text: str) -> str:
-    """``text`` without white space (templates trim it, decoders may add it), in NFKC (tokenizers may normalise)."""
+    """``text`` in NFKC (tokenizers may normalise) without white space (templates trim, decoders add)."""
     return "".join(unicodedata.normalize("NFKC", text).split())

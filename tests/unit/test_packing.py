@@ -19,7 +19,10 @@ def row(length: int, line: int = 1, start: int = 5, prompt: int = 1):
 
 
 def test_epoch_order_is_a_permutation_that_depends_on_seed_and_epoch():
-    orders = [packing.epoch_order(50, seed, epoch) for seed, epoch in itertools.product((0, 1, 2), (0, 1, 2))]
+    orders = [
+        packing.epoch_order(50, seed, epoch)
+        for seed, epoch in itertools.product((0, 1, 2), (0, 1, 2))
+    ]
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert len({tuple(order) for order in orders}) == 9
     assert packing.epoch_order(50, 1, 2) == packing.epoch_order(50, 1, 2)
@@ -48,7 +51,9 @@ def test_sample_ids_follow_content_and_not_place():
 
 @pytest.mark.parametrize("budget", [64, 96, 128, 256, 10_000, None])
 def test_plan_places_every_row_once_within_the_budget(budget):
-    rows = [row(length, line) for line, length in enumerate([3, 17, 64, 16, 33, 2, 50, 48], start=1)]
+    rows = [
+        row(length, line) for line, length in enumerate([3, 17, 64, 16, 33, 2, 50, 48], start=1)
+    ]
     cut = packing.plan(rows, budget, 16)
     assert sorted(itertools.chain(*cut)) == list(range(8))
     sizes = [sum(packing.padded_length(len(rows[i]), 16) for i in part) for part in cut]
@@ -60,7 +65,9 @@ def test_plan_places_every_row_once_within_the_budget(budget):
 
 
 def test_plan_refuses_a_longer_row_by_its_line():
-    with pytest.raises(InputError, match=r"micro_batch_tokens is 32, and line 12 takes 48 tokens .*at least 48"):
+    with pytest.raises(
+        InputError, match=r"micro_batch_tokens is 32, and line 12 takes 48 tokens .*at least 48"
+    ):
         packing.plan([row(5), row(33, line=12)], 32, 16)
     assert packing.plan([row(32)], 32, 16) == [[0]]
     assert packing.plan([], 32, 16) == []
@@ -82,7 +89,9 @@ def test_collate_shifts_labels_inside_each_document():
 
 
 def test_collate_of_every_cut_holds_the_same_documents():
-    rows = [row(length, line, start=line) for line, length in enumerate([3, 17, 9, 40, 16], start=1)]
+    rows = [
+        row(length, line, start=line) for line, length in enumerate([3, 17, 9, 40, 16], start=1)
+    ]
     ids = packing.sample_ids(rows)
     found = set()
     for budget in (48, 64, None):
@@ -90,7 +99,9 @@ def test_collate_of_every_cut_holds_the_same_documents():
         for part in packing.plan(rows, budget, 16):
             batch = packing.collate([rows[i] for i in part], [ids[i] for i in part], 16)
             for (start, stop), sample in zip(batch.stream.spans, batch.stream.sample_ids):
-                content = torch.stack([batch.input_ids[0], batch.labels, batch.position_ids[0]])[:, start:stop]
+                content = torch.stack([batch.input_ids[0], batch.labels, batch.position_ids[0]])[
+                    :, start:stop
+                ]
                 documents.append((sample, content.numpy().tobytes()))
         found.add(tuple(sorted(documents)))
     assert len(found) == 1

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer of about 300 tokens, trained in place: no download, any text round-trips."""
+"""A byte-level BPE tokenizer of 320 tokens, trained in place: nothing to download."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ PLAIN_TEMPLATE = (
 )
 MARKED_TEMPLATE = (
     "{% for m in messages %}<|turn|>{{ m['role'] }}\n"
-    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|stop|>{% endgeneration %}\n"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|stop|>"
+    "{% endgeneration %}{{ '\n' }}"
     "{% else %}{{ m['content'] }}<|stop|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
 )
@@ -40,11 +41,15 @@ def _trained() -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(["user assistant system the answer is one two three hello world"] * 4, trainer)
+    tokenizer.train_from_iterator(
+        ["user assistant system the answer is one two three hello world"] * 4, trainer
+    )
     return tokenizer
 
 
-def make_tokenizer(template: str | None = None, bos: bool = True, eos: bool = True) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    template: str | None = None, bos: bool = True, eos: bool = True
+) -> PreTrainedTokenizerFast:
     """The tokenizer, with a chat template or none, with or without begin and end tokens."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_trained().to_str()),
