@@ -228,7 +228,7 @@ def train_cases() -> st.SearchStrategy[TrainCase]:
     length = st.sampled_from((5, 16, 17, 31, 40)) | st.integers(4, 48)
     return st.builds(
         TrainCase,
-        lengths=st.lists(length, min_size=5, max_size=6).map(tuple),
+        lengths=st.lists(length, min_size=5, max_size=6, unique=True).map(tuple),
         rank=st.sampled_from((1, 3, 4, 8)),
         seed=st.integers(0, 2**31 - 1),
         prompt=st.integers(0, 2),

@@ -191,12 +191,32 @@ class TrainResult:
     frozen: tuple[str, str]
 
 
-class TrainerPart(Protocol):
-    """A training loop over a tiny model. ``supports_hooks`` False: trainer faults cannot be planted."""
+@dataclass(frozen=True)
+class WholeRun:
+    """What the user's own command or class trained from files.
 
+    ``ran``: for each step the padded tokens of each micro-batch in its log. ``norm``: the gradient norm it
+    logged for step 1.
+    """
+
+    before: dict[str, torch.Tensor]
+    after: dict[str, torch.Tensor]
+    ran: tuple[tuple[int, ...], ...]
+    norm: float
+
+
+class TrainerPart(Protocol):
+    """A training loop over a tiny model.
+
+    ``supports_hooks`` False: faults of a loop cannot be planted. ``run`` may be None: then no whole run
+    from files is tried. ``alignment``: tokens to which it pads a sequence.
+    """
+
+    alignment: int
     bitwise_splits: bool
     why_not: str
     supports_hooks: bool
+    run: Callable[[TrainCase, int, tuple[int, ...]], WholeRun] | None
 
     def train(
         self,

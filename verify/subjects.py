@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import os
+import pathlib
+import tempfile
+from collections import OrderedDict
 
 import torch
 from fastlora.invariant import make_invariant
-from fastlora.ops.linear_cross_entropy import linear_cross_entropy
+from rich.console import Console
 from torch import nn
 
 import fastlora
@@ -18,6 +23,7 @@ from fastlora.exact import discard
 from fastlora.families import head_of
 from fastlora.ops import backend
 from fastlora.ops.dropout import module_key
+from fastlora.ops.linear_cross_entropy import linear_cross_entropy
 from verify.bounds import Accumulator
 from verify.graphs import FixedPoint, Roundings
 from verify.oracle.adamw import Hyper
@@ -37,28 +43,22 @@ from verify.subject import (
     TrainCase,
     TrainHooks,
     TrainResult,
+    WholeRun,
 )
+from verify.tiny import END, supervised_tokens, tiny_llama, token_rows, tokenizer, write_rows
 
 SEED = 7  # of the streams that name dropout masks
-VOCABULARY = 61
 HALF = (torch.bfloat16, torch.float16)
-
-
-class _Net(nn.Module):
-    """One linear layer by the name of ``proj``."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        super().__init__()
-        outer, inner = weight.shape
-        self.proj = nn.Linear(inner, outer, bias=bias is not None, device="meta")
-        self.proj.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        if bias is not None:
-            self.proj.bias = nn.Parameter(bias.detach(), requires_grad=False)
 
 
 def _injected(weight, bias, a, b, alpha, rslora=False, dropout=0.0) -> tuple[nn.Module, nn.Module]:
     """A model of one LoRA linear with A and B as given, and that linear."""
-    net = _Net(weight, bias)
+    outer, inner = weight.shape
+    base = nn.Linear(inner, outer, bias=bias is not None, device="meta")
+    base.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        base.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    net = nn.Sequential(OrderedDict(proj=base))
     config = fastlora.LoraConfig(
         r=a.shape[0],
         lora_alpha=alpha,
@@ -215,14 +215,7 @@ class FastloraAdamW:
 
 
 def _optimizer(model: nn.Module, hyper: Hyper) -> torch.optim.Optimizer:
-    return fastlora.AdamW(
-        model,
-        lr=hyper.lr,
-        betas=hyper.betas,
-        eps=hyper.eps,
-        weight_decay=hyper.weight_decay,
-        max_grad_norm=hyper.max_grad_norm,
-    )
+    return fastlora.AdamW(model, **dataclasses.asdict(hyper))
 
 
 class FastloraTrainer:
@@ -232,6 +225,7 @@ class FastloraTrainer:
 
     def __init__(self, device: str) -> None:
         self.device = device
+        self.alignment = stream.alignment_for(device)
         self.bitwise_splits = device == "cpu"
         self.why_not = (
             "" if self.bitwise_splits else "exactness of a whole model on CUDA is not claimed yet"
@@ -256,7 +250,7 @@ class FastloraTrainer:
             torch.set_num_threads(threads)
 
     def _train(self, case: TrainCase, cut: Cut, float_sums: bool, hooks: TrainHooks) -> TrainResult:
-        model = _tiny_llama(case).to(self.device)
+        model = tiny_llama(case).to(self.device)
         config = fastlora.LoraConfig(r=case.rank, lora_dropout=case.dropout)
         fastlora.inject(model, config, seed=case.seed)
         invariant = make_invariant(model)
@@ -273,7 +267,8 @@ class FastloraTrainer:
         for step in range(case.steps):
             rows = _rows(case, step)
             ids, ran_before = packing.sample_ids(rows), len(ran)
-            tokens = self._backward(model, head, rows, ids, case, step, cut, float_sums, hooks)
+            self._backward(model, head, rows, ids, case, step, cut, float_sums, hooks)
+            tokens = supervised_tokens(case)
             told = tokens if hooks.tokens is None else hooks.tokens(tokens, cut)
             gradients.append(_gradients(model, told, float_sums))
             if hooks.before_step is not None:
@@ -288,9 +283,41 @@ class FastloraTrainer:
         invariant.undo()
         return result
 
-    def _backward(self, model, head, rows, ids, case, step, cut, float_sums, hooks) -> int:
-        """All micro-batches of one global batch; the supervised tokens seen."""
-        tokens = 0
+    def run(self, case: TrainCase, most_tokens: int, order: tuple[int, ...]) -> WholeRun:
+        """``fastlora.Trainer`` on files, dropout as the case says, with ``most_tokens`` a micro-batch."""
+        model = tiny_llama(case).to(self.device)
+        lora = fastlora.LoraConfig(r=case.rank, lora_dropout=case.dropout)
+        with tempfile.TemporaryDirectory() as folder:
+            data, output = pathlib.Path(folder, "rows.jsonl"), pathlib.Path(folder, "out")
+            write_rows(data, case, order)
+            config = fastlora.TrainConfig(
+                data=str(data),
+                output=str(output),
+                batch_size=len(case.lengths),
+                micro_batch_tokens=most_tokens,
+                steps=case.steps,
+                learning_rate=case.hyper.lr,
+                lr_scheduler="constant",
+                warmup_ratio=0.0,
+                max_grad_norm=None,
+                seed=case.seed,
+                shuffle=False,
+                device=self.device,
+                dtype="float32",
+            )
+            trainer = fastlora.Trainer(
+                model, tokenizer(), config, lora, console=Console(quiet=True)
+            )
+            before = _copy({n: p for n, p in model.named_parameters() if p.requires_grad})
+            trainer.train()
+            lines = (output / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        after = _copy({n: p for n, p in model.named_parameters() if p.requires_grad})
+        log = [json.loads(line) for line in lines]
+        ran = tuple(tuple(m["padded_tokens"] for m in line["micro_batches"]) for line in log)
+        return WholeRun(before, after, ran, log[0]["grad_norm"])
+
+    def _backward(self, model, head, rows, ids, case, step, cut, float_sums, hooks) -> None:
+        """All micro-batches of one global batch."""
         order = cut if hooks.order is None else hooks.order(cut)
         with contextlib.nullcontext() if float_sums else fastlora.exact(model):
             for i, part in enumerate(order):
@@ -298,7 +325,7 @@ class FastloraTrainer:
                 batch = packing.collate(
                     [rows[j] for j in part],
                     [ids[j] for j in part],
-                    stream.alignment_for(self.device),
+                    self.alignment,
                     self.device,
                     seed=seed,
                     step=step,
@@ -315,39 +342,14 @@ class FastloraTrainer:
                     (loss if hooks.weigh is None else hooks.weigh(loss, int(supervised))).backward()
                 if hooks.after_backward is not None:
                     hooks.after_backward(model, i)
-                tokens += int(supervised)
-        return tokens
-
-
-def _tiny_llama(case: TrainCase) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=case.hidden,
-        intermediate_size=2 * case.hidden,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(case.seed)
-        model = LlamaForCausalLM(config)
-        # Wider than transformers' 0.02, so that attention and gates are far from linear.
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-    return model
 
 
 def _rows(case: TrainCase, step: int) -> list:
-    draw = torch.Generator().manual_seed(case.seed + 1009 * step)
-    rows = []
-    for line, length in enumerate(case.lengths, 1):
-        ids = torch.randint(1, VOCABULARY, (length,), generator=draw).tolist()
-        rows.append(make_row(ids, [i >= case.prompt for i in range(length)], line, "text"))
-    return rows
+    """The step's rows with their end token, built without text; the prompt is not supervised."""
+    return [
+        make_row([*ids, END], [i >= case.prompt for i in range(len(ids) + 1)], line, "text")
+        for line, ids in enumerate(token_rows(case, step), 1)
+    ]
 
 
 def _copy(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -375,33 +377,20 @@ def built_in(device: str) -> list[Subject]:
     In Triton's interpreter (``TRITON_INTERPRET=1`` from the start) the kernels are a CPU subject of
     their own, in fp32 and fp16: the interpreter's bf16 is wrong.
     """
+    half, fp32 = (torch.bfloat16, torch.float16), torch.float32
     subjects = []
-    if device in ("auto", "cpu"):
-        every = (torch.float32, torch.bfloat16, torch.float16)
+
+    def add(name: str, where: str, tag: str) -> None:
+        linear = FastloraLinear(where, (fp32, *half))
         subjects.append(
-            Subject(
-                "fastlora reference",
-                "cpu",
-                FastloraLinear("cpu", every),
-                FastloraAdamW("cpu"),
-                FastloraTrainer("cpu"),
-                ("reference",),
-            )
+            Subject(name, where, linear, FastloraAdamW(where), FastloraTrainer(where), (tag,))
         )
+
+    if device in ("auto", "cpu"):
+        add("fastlora reference", "cpu", "reference")
         if os.environ.get("TRITON_INTERPRET") == "1" and backend.triton_installed():
-            few = (torch.float32, torch.float16)
-            linear = FastloraLinear("cpu", few, forced="triton")
+            linear = FastloraLinear("cpu", (fp32, torch.float16), forced="triton")
             subjects.append(Subject("fastlora interpreter", "cpu", linear, tags=("interpreter",)))
     if device in ("auto", "cuda") and torch.cuda.is_available():
-        every = (torch.bfloat16, torch.float16, torch.float32)
-        subjects.append(
-            Subject(
-                "fastlora triton",
-                "cuda",
-                FastloraLinear("cuda", every),
-                FastloraAdamW("cuda"),
-                FastloraTrainer("cuda"),
-                ("triton",),
-            )
-        )
+        add("fastlora triton", "cuda", "triton")
     return subjects

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 import torch
 
 from verify import graphs
-from verify.bounds import Bounded, store
+from verify.bounds import Bounded, gamma, store, unit_roundoff
 from verify.claims.outcome import Budget, Outcome
 from verify.judge import judge
 from verify.oracle.digest import md5_of_tensors
 from verify.oracle.linear import scale_of
 from verify.strategies import DTYPES, SplitCase, cuts_of, ordered
-from verify.subject import EXACT, GRAD, Cut, Documents, SplitResult, Subject, TrainCase
+from verify.subject import EXACT, GRAD, Cut, Documents, SplitResult, Subject, TrainCase, TrainResult
 
 NAME = "splits"
 STATEMENT = (
@@ -239,11 +239,51 @@ def _model(subject: Subject, case: TrainCase, out: Outcome, floats: _Floats) -> 
         out.check(not still, f"control: {still[:3]} did not move in {case.steps} steps; {where}")
         out.check(first.frozen[0] == first.frozen[1], f"frozen weights changed; {where}")
         finals[dropout] = md5_of_tensors(first.after[-1])
+        if dropout == 0:
+            dry = first
     out.check(
         finals[0.0] != finals[0.1], f"control: dropout 0.1 trains the same adapter as 0; {where}"
     )
+    if trainer.run is not None:
+        _whole_runs(trainer, case, dry, out, where)
     floats.cases += 1
     some = [
         trainer.train(case, cuts[name], float_sums=True) for name in ("all", "one each", "pairs")
     ]
     floats.differed += len({md5_of_tensors(r.gradients[-1]) for r in some}) > 1
+
+
+def _whole_runs(trainer, case: TrainCase, pieces: TrainResult, out: Outcome, where: str) -> None:
+    """From files, as a user trains: micro-batches of one row, of some, of all, and another order.
+
+    The adapter must have the bits that the harness's own loop over the trainer's pieces gives, and the
+    gradient norm logged for step 1 be that of the mean over the harness's own count of tokens.
+    """
+    forward, pad = tuple(range(len(case.lengths))), trainer.alignment
+    padded = sorted(-(-(n + 1) // pad) * pad for n in case.lengths)
+    runs = {
+        "one row": (padded[-1], forward),
+        "some rows, reversed": (padded[-1] + padded[0], forward[::-1]),
+        "all rows": (sum(padded), forward),
+    }
+    results = {name: trainer.run(case, *how) for name, how in runs.items()}
+    digests = {name: md5_of_tensors(r.after) for name, r in results.items()}
+    digests["the harness's loop"] = md5_of_tensors(pieces.after[-1])
+    _one_digest(digests, "adapters of whole runs", out, where)
+    cuts = {r.ran for r in results.values()}
+    out.check(
+        len(cuts) >= 2, f"control: whole runs {list(runs.values())} were all cut alike; {where}"
+    )
+    gradient = pieces.gradients[0].values()
+    expected = sum(float(g.double().square().sum()) for g in gradient) ** 0.5
+    # Both norms are float64 sums of the same squares, in two orders: gamma_n of float64 each.
+    size = sum(g.numel() for g in gradient)
+    slack = 2 * float(gamma(size, unit_roundoff(torch.float64))) * expected
+    for name, result in results.items():
+        still = [n for n in result.before if torch.equal(result.before[n], result.after[n])]
+        out.check(not still, f"control: whole run '{name}': {still[:3]} did not move; {where}")
+        out.check(
+            abs(result.norm - expected) <= slack,
+            f"whole run '{name}' logged gradient norm {result.norm!r} at step 1; that of the mean over "
+            f"supervised tokens is {expected!r}; {where}",
+        )

@@ -132,7 +132,7 @@ def _training(subject: Subject, case: TrainCase, out: Outcome) -> int:
         subject, result.before, result.after, result.gradients, plain.hyper, out, where
     )
     decayed = dataclasses.replace(
-        plain, steps=1, hyper=Hyper(lr=1e-2, weight_decay=0.1, max_grad_norm=0.5)
+        plain, steps=1, hyper=Hyper(lr=1e-2, eps=1e-3, weight_decay=0.1, max_grad_norm=0.5)
     )
     moved = trainer.train(decayed, cut)
     doubtful += _against_oracle(
