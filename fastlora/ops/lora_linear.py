@@ -34,7 +34,15 @@ _LIBRARY.define(
 
 
 def _implementation(x: torch.Tensor):
-    """(forward, backward) for the backend of this tensor."""
+    """(forward, backward) for the backend of this tensor. Dtypes are settled by then, so both run without autocast."""
+    forward, backward = _by_backend(x)
+    if not torch.is_autocast_enabled(x.device.type):
+        return forward, backward
+    plain = torch.autocast(x.device.type, enabled=False)
+    return plain(forward), plain(backward)
+
+
+def _by_backend(x: torch.Tensor):
     if backend.pick(x) == "triton":
         from fastlora.ops import triton_path  # imported on first use: triton is absent on macOS and Windows
 

@@ -1,0 +1,127 @@
+"""lora_linear on CPU: the registered operator, strides, refusals, both gradient modes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastlora
+import fastlora.ops.lora_linear  # registers torch.ops.fastlora
+from fastlora.errors import InputError
+from fastlora.exact import TokenSum
+from fastlora.ops.dropout import DropoutKey
+
+
+def make(tokens=40, inner=24, outer=20, rank=6, dtype=torch.float32, bias=True):
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(tokens, inner, generator=g).to(dtype).requires_grad_()
+    weight = torch.randn(outer, inner, generator=g).to(dtype)
+    a = torch.randn(rank, inner, generator=g).requires_grad_()
+    b = torch.randn(outer, rank, generator=g).requires_grad_()
+    return x, weight, a, b, 0.5, torch.randn(outer, generator=g).to(dtype) if bias else None
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("frozen_input", [False, True])
+def test_lora_linear_passes_opcheck(dropout, frozen_input):
+    x, *rest = make()
+    tokens = torch.arange(40) if dropout else None
+    arguments = (x.detach() if frozen_input else x, *rest, dropout, 12345, tokens)
+    results = torch.library.opcheck(torch.ops.fastlora.lora_linear.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_lora_linear_backward_passes_opcheck():
+    x, weight, a, b, scale, _ = (t.detach() if isinstance(t, torch.Tensor) else t for t in make())
+    s = torch.randn(40, 6)
+    arguments = (torch.randn(40, 20), x, weight, a, b, s, scale, 0.0, 0, None, True)
+    results = torch.library.opcheck(torch.ops.fastlora.lora_linear_backward.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_lora_linear_compiles_without_a_break():
+    x, weight, a, b, scale, bias = make()
+    call = torch.compile(lambda x: fastlora.lora_linear(x, weight, a, b, scale, bias), fullgraph=True, backend="aot_eager")
+    ours = call(x)
+    theirs = fastlora.lora_linear(x, weight, a, b, scale, bias)
+    assert torch.equal(ours, theirs)
+    grads = torch.autograd.grad(ours.sum(), (x, a, b)), torch.autograd.grad(theirs.sum(), (x, a, b))
+    assert all(torch.equal(one, other) for one, other in zip(*grads))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "offset", "batched"])
+def test_lora_linear_takes_any_strides(layout):
+    base, weight, a, b, scale, bias = make()
+    base = base.detach()
+    x = {
+        "transposed": lambda: base.t().contiguous().t(),
+        "sliced": lambda: torch.cat([base, base], 1)[:, :24],
+        "offset": lambda: torch.cat([base.flatten()[:1], base.flatten()])[1:].view(40, 24),
+        "batched": lambda: base.view(2, 20, 24).transpose(0, 1).contiguous().transpose(0, 1),
+    }[layout]()
+    y = fastlora.lora_linear(x, weight, a, b, scale, bias)
+    assert torch.equal(y.reshape(40, 20), fastlora.lora_linear(base, weight, a, b, scale, bias))
+
+
+def test_lora_linear_of_no_tokens():
+    x, weight, a, b, scale, bias = make(tokens=0)
+    y = fastlora.lora_linear(x, weight, a, b, scale, bias)
+    y.sum().backward()
+    assert y.shape == (0, 20) and x.grad.shape == (0, 24)
+    assert not a.grad.any() and not b.grad.any()
+
+
+def test_lora_linear_exact_and_ordinary_gradients_agree():
+    """Within the rounding of 2^-40 units a chunk and the order of the fp32 sum of chunks."""
+    x, weight, a, b, scale, bias = make(tokens=300)
+    sums = TokenSum(a.shape), TokenSum(b.shape)
+    fastlora.lora_linear(x, weight, a, b, scale, bias, sums=sums).sum().backward()
+    assert a.grad is None and b.grad is None
+    dx = x.grad
+    x.grad = None
+    fastlora.lora_linear(x, weight, a, b, scale, bias).sum().backward()
+    assert torch.equal(dx, x.grad)
+    chunks = 3
+    for total, grad in zip(sums, (a.grad, b.grad)):
+        error = (total.gradient(1.0) - grad).abs().max()
+        assert error <= chunks * (2.0**-41 + 2.0**-24 * chunks * grad.abs().max()) and grad.abs().max() > 0
+
+
+def test_lora_linear_under_autocast_uses_the_autocast_dtype():
+    x, weight, a, b, scale, bias = make()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = fastlora.lora_linear(x, weight, a, b, scale, bias)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert x.grad.dtype == torch.float32 and a.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"x": torch.zeros(4, 23)}, "x"),
+        ({"x": torch.zeros(4, 24, dtype=torch.float64)}, "dtypes"),
+        ({"a": torch.zeros(6, 25)}, "a, b"),
+        ({"a": torch.zeros(300, 24), "b": torch.zeros(20, 300)}, "rank 300"),
+        ({"bias": torch.zeros(19)}, "bias"),
+        ({"bias": torch.zeros(20, dtype=torch.bfloat16)}, "bias"),
+        ({"weight": torch.zeros(20, 24, requires_grad=True)}, "requires_grad"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"dropout": 0.5}, "key"),
+    ],
+)
+def test_lora_linear_refuses_bad_input_by_name(change, names):
+    x, weight, a, b, scale, bias = make()
+    arguments = {"x": x, "weight": weight, "a": a, "b": b, "scale": scale, "bias": bias, "dropout": 0.0} | change
+    with pytest.raises(InputError, match=names):
+        fastlora.lora_linear(**arguments)
+
+
+def test_lora_linear_dropout_is_the_key_and_nothing_else():
+    x, weight, a, b, scale, bias = make()
+    key = DropoutKey(77, torch.arange(40))
+    once = fastlora.lora_linear(x, weight, a, b, scale, bias, dropout=0.3, key=key)
+    torch.manual_seed(5)
+    assert torch.equal(once, fastlora.lora_linear(x, weight, a, b, scale, bias, dropout=0.3, key=key))
+    other = DropoutKey(78, torch.arange(40))
+    assert not torch.equal(once, fastlora.lora_linear(x, weight, a, b, scale, bias, dropout=0.3, key=other))
