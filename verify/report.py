@@ -128,21 +128,21 @@ def print_tensors(console: Console, outcomes: list[Outcome]) -> None:
     if rows is None:
         return
     table = Table(title="one training: adapter tensors before and after", title_justify="left")
-    for name in (
-        "tensor",
-        "MD5 before",
-        "MD5 after",
-        "sum of |differences|",
-        "largest",
-        "share changed",
-    ):
-        table.add_column(name)
+    for name in ("tensor", "MD5 before", "after", "sum |diff|", "largest", "changed"):
+        table.add_column(name, no_wrap=True)
     for row in rows:
         table.add_row(
-            row["name"].removeprefix("model.layers."), row["md5_before"][:8], row["md5_after"][:8],
+            _short(row["name"]), row["md5_before"][:8], row["md5_after"][:8],
             f"{row['sum_abs_diff']:.4g}", f"{row['max_abs_diff']:.3g}", f"{row['share_changed']:.1%}",
         )  # fmt: skip
     console.print(table)
+
+
+def _short(name: str) -> str:
+    """``model.layers.0.self_attn.q_proj.lora_A.weight`` as ``0.q_proj.A``; the JSON has it whole."""
+    for part in ("model.layers.", "self_attn.", "mlp.", "lora_", ".weight"):
+        name = name.replace(part, "")
+    return name
 
 
 def print_kills(console: Console, kills: list[Kill]) -> None:

@@ -38,6 +38,8 @@ def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
         alone += case.values in ("lora_alone", "grid")
         refused += sum(_one(subject, case, mode, out) for mode in part.modes)
     out.note(f"LoRA part alone (W = 0, or integers where the base product is exact): {alone} cases")
+    if out.worst == 1:
+        out.note("a share of 1 is one rounding at its very edge: halfway cases meet a bound that is tight")
     if refused:
         out.note(f"documented refusals: {refused}")
     out.seconds = time.monotonic() - begun
