@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import hypothesis
@@ -282,7 +284,7 @@ def optimizer_cases() -> st.SearchStrategy[OptimizerCase]:
 
 
 @functools.lru_cache(maxsize=64)
-def ordered(strategy_name: str, names: tuple[str, ...], seed: int, count: int = 400) -> tuple:
+def ordered(strategy_name: str, names: tuple[str, ...], seed: int, count: int = 300) -> tuple:
     """The first ``count`` different cases of a strategy, in the order that ``seed`` fixes.
 
     ``strategy_name`` is "linear", "split", "train" or "optimizer"; ``names`` are dtypes where it
@@ -310,3 +312,9 @@ def ordered(strategy_name: str, names: tuple[str, ...], seed: int, count: int = 
 
     collect()
     return tuple(found)
+
+
+def endless(strategy_name: str, names: tuple[str, ...], seed: int) -> Iterator:
+    """The ordered list of ``seed``, and when that is used up those of further seeds derived from it."""
+    for again in itertools.count():
+        yield from ordered(strategy_name, names, seed + again * 1_000_003)

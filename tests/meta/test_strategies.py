@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
-from verify.strategies import DTYPES, LinearCase, cuts_of, ordered
+from verify.strategies import DTYPES, LinearCase, cuts_of, endless, ordered
 
 NAMES = ("fp32", "bf16", "fp16")
 
@@ -19,7 +21,7 @@ def test_ordered_is_fixed_by_the_seed(cases):
     ordered.cache_clear()
     assert ordered("linear", NAMES, 0) == cases
     assert ordered("linear", NAMES, 1) != cases
-    assert len(set(cases)) == len(cases) > 300
+    assert len(set(cases)) == len(cases) > 250
 
 
 def test_linear_cases_reach_the_corners(cases):
@@ -73,3 +75,10 @@ def test_cuts_of_cover_every_sequence_once_and_differ(count):
         assert sorted(i for group in cut for i in group) == list(range(count))
     assert len(set(cuts.values())) >= 5
     assert len({len(cut) for cut in cuts.values()}) >= 3
+
+
+def test_endless_goes_on_after_the_list_and_is_fixed_too():
+    listed = ordered("split", NAMES, 4)
+    more = list(itertools.islice(endless("split", NAMES, 4), len(listed) + 5))
+    assert tuple(more[: len(listed)]) == listed
+    assert more[len(listed) :] == list(ordered("split", NAMES, 4 + 1_000_003)[:5])

@@ -8,7 +8,7 @@ from verify import graphs, oracle
 from verify.claims.outcome import Budget, Outcome
 from verify.judge import around, judge
 from verify.oracle.linear import scale_of
-from verify.strategies import DTYPES, LinearCase, ordered
+from verify.strategies import DTYPES, LinearCase, endless
 from verify.subject import EXACT, LinearInputs, LinearResult, Refused, Subject
 
 NAME = "accuracy"
@@ -30,7 +30,7 @@ def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
         return out
     names = tuple(name for name, dtype in DTYPES.items() if dtype in part.dtypes)
     alone = refused = 0
-    for case in ordered("linear", names, seed):
+    for case in endless("linear", names, seed):
         if not budget.more(out.cases) or (budget.stop_at_failure and out.failures):
             break
         out.cases += 1
@@ -39,7 +39,9 @@ def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
         refused += sum(_one(subject, case, mode, out) for mode in part.modes)
     out.note(f"LoRA part alone (W = 0, or integers where the base product is exact): {alone} cases")
     if out.worst == 1:
-        out.note("a share of 1 is one rounding at its very edge: halfway cases meet a bound that is tight")
+        out.note(
+            "a share of 1 is one rounding at its very edge: halfway cases meet a bound that is tight"
+        )
     if refused:
         out.note(f"documented refusals: {refused}")
     out.seconds = time.monotonic() - begun
@@ -56,9 +58,8 @@ def _one(subject: Subject, case: LinearCase, mode: str, out: Outcome) -> bool:
         result = part.run(inputs, mode, divisor)
     except Refused:
         return True
-    except (
-        Exception
-    ) as error:  # a crash of the subject is a failure of the claim, told with the case
+    # A crash of the subject is a failure of the claim, told with the case.
+    except Exception as error:
         out.fail(f"raised {type(error).__name__}: {error}; {where}")
         return False
     bounds = bounds_of(inputs, result, rules, divisor)

@@ -19,7 +19,7 @@ from verify.claims.outcome import Budget, Outcome
 from verify.judge import judge
 from verify.oracle.digest import md5_of_tensors
 from verify.oracle.linear import scale_of
-from verify.strategies import DTYPES, SplitCase, cuts_of, ordered
+from verify.strategies import DTYPES, SplitCase, cuts_of, endless
 from verify.subject import EXACT, GRAD, Cut, Documents, SplitResult, Subject, TrainCase, TrainResult
 
 NAME = "splits"
@@ -56,8 +56,8 @@ def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
         out.reason = "the subject has neither a LoRA linear nor a trainer that claims splits"
         return out
     names = () if linear is None else tuple(n for n, d in DTYPES.items() if d in linear.dtypes)
-    linears = iter(ordered("split", names, seed) if linear else ())
-    trainings = iter(ordered("train", (), seed, 60) if trainer else ())
+    linears = endless("split", names, seed) if linear else iter(())
+    trainings = endless("train", (), seed) if trainer else iter(())
     floats = {"linear": _Floats(), "model": _Floats()}
     while budget.more(out.cases) and not (budget.stop_at_failure and out.failures):
         training = linear is None or (trainer is not None and out.cases % ROUND == 0)
@@ -72,9 +72,8 @@ def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
             else:
                 out.tags.add(case.dtype)
                 _linear(subject, case, out, floats["linear"])
-        except (
-            Exception
-        ) as error:  # a crash of the subject is a failure of the claim, told with the case
+        # A crash of the subject is a failure of the claim, told with the case.
+        except Exception as error:
             out.fail(f"raised {type(error).__name__}: {error}; {subject.name}, {case!r}")
     for kind, seen in floats.items():
         _floats_differ(kind, seen, out)

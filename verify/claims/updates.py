@@ -19,7 +19,7 @@ from verify.graphs import AdamWBounds
 from verify.judge import around, judge
 from verify.oracle.adamw import AdamWOracle, Hyper, clip_coefficient
 from verify.oracle.digest import md5_of_tensor
-from verify.strategies import OptimizerCase, cuts_of, ordered
+from verify.strategies import OptimizerCase, cuts_of, endless
 from verify.subject import Subject, TrainCase, TrainResult
 
 NAME = "updates"
@@ -40,8 +40,8 @@ def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
     if optimizer is None:
         out.reason = "the subject has no optimiser"
         return out
-    steps = iter(ordered("optimizer", (), seed))
-    trainings = iter(ordered("train", (), seed, 60) if trainer else ())
+    steps = endless("optimizer", (), seed)
+    trainings = endless("train", (), seed) if trainer else iter(())
     doubtful = 0
     while budget.more(out.cases) and not (budget.stop_at_failure and out.failures):
         training = trainer is not None and out.cases % ROUND == 0
@@ -52,9 +52,8 @@ def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
         out.tags |= {subject.device, "fp32", *subject.tags}
         try:
             doubtful += (_training if training else _steps)(subject, case, out)
-        except (
-            Exception
-        ) as error:  # a crash of the subject is a failure of the claim, told with the case
+        # A crash of the subject is a failure of the claim, told with the case.
+        except Exception as error:
             out.fail(f"raised {type(error).__name__}: {error}; {subject.name}, {case!r}")
     out.note(
         f"elements whose update is in doubt by half the rate or more: {doubtful}, counted, not judged"
