@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench import gate_attention
 from fastlora.kernels import gemm as gemm_file
 from fastlora.kernels import project as project_file
 from fastlora.kernels import tables
@@ -70,6 +71,8 @@ def build_arguments(case: Case):
     element = "*" + _TYPE[case.dtype]
     drop = {"seed": "i64", "threshold": "i64", "keep_scale": "fp32"}
     precision = "ieee" if case.dtype == torch.float32 else "tf32"
+    if case.operation in gate_attention.OPERATIONS:
+        return gate_attention.build_arguments(case, element)
     if case.operation == "project":
         tile = tables.project_tile(case.arch, case.dtype, case.rank)
         signature = {"p_x": element, "p_w": element, "p_s": element, "p_token": "*i64", "M": "i32", "scale": "fp32"} | drop
@@ -165,6 +168,8 @@ def all_cases() -> list[Case]:
         cases += [Case("da", arch, dropout=True), Case("db_ds", arch, exact=False), Case("da", arch, exact=False)]
         cases += [Case(op, arch, torch.float32) for op in ("gemm", "project", "da", "db_ds")]
         cases += [Case("gemm", arch, outer=257, inner=129), Case("gemm", arch, torch.float16)]
+        for head in (64, 128, 256)[: 2 if tables.ATTENTION_MAX_HEAD[arch] == 128 else 3]:
+            cases += [Case(op, arch, outer=head, inner=0) for op in gate_attention.OPERATIONS]
     return cases
 
 

@@ -123,3 +123,27 @@ def reduce_tile(rank: int) -> Tile:
 
 # Above this padded rank the partials of dS cost more traffic than a second pass over dY, so dS is a skinny product of its own.
 DS_IN_TOKEN_SUM_MAX_RANK = 32
+
+# Blocks of attention: documents start at multiples of it (fastlora.stream aligns them to 128 on CUDA).
+ATTENTION_BLOCK = 64
+
+
+# Widest head for which every kernel fits the registers; wider ones take the torch path.
+ATTENTION_MAX_HEAD = {arch: 128 if arch == "gfx942" else 256 for arch in (*ARCHITECTURES, "interpreter")}
+
+
+def attention_tile(arch: str, dtype: torch.dtype, head: int, *, walk: str) -> Tile:
+    """Tile of attention: bm queries, bn keys. A program owns a block of 64 of one and walks the other ("keys" or "queries").
+
+    Wide heads walk in shorter steps, or the accumulators spill. A document is a multiple of 64, so every step ends with it.
+    """
+    small = arch != "interpreter" and SHARED_MEMORY[arch] < 128 * 1024
+    step = 64 if head <= 64 or (head <= 128 and not small) else 32
+    if head > 128 and (small or arch == "sm_90" and walk == "keys"):
+        step = 16
+    if walk == "queries" and (arch, head) in (("sm_120", 64), ("gfx942", 128)):
+        return Tile(16, ATTENTION_BLOCK, warps=4 if head <= 64 else 8, stages=1)
+    stages = 1 if dtype == torch.float32 or head > 128 or (small and head > 64) else 2
+    warps = 4 if head <= 64 and arch != "sm_120" or (head <= 128 and walk == "keys") else 8
+    rows, columns = (ATTENTION_BLOCK, step) if walk == "keys" else (step, ATTENTION_BLOCK)
+    return Tile(rows, columns, warps=warps, stages=stages)

@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastlora import blocks, stream
 from fastlora.errors import InputError
+from fastlora.ops import backend
 from fastlora.ops.attention_pieces import Blocked, Fused, Gradients, Rule, Tensors
 
 NAME = "fastlora"
@@ -106,9 +107,19 @@ def attention(
             f"query, key: {tokens} and {key.shape[2]} tokens, but the active stream has "
             f"{spans[-1][1] if spans else 0}; run the whole stream in one forward without a cache"
         )
-    rule = Rule(scale, window, softcap)
-    out = _Attention.apply(query[0], key[0], value[0], spans, rule)
+    function = _function(query, value, spans)
+    out = function.apply(query[0], key[0], value[0], spans, Rule(scale, window, softcap))
     return out.unsqueeze(0)
+
+
+def _function(query: torch.Tensor, value: torch.Tensor, spans) -> type[torch.autograd.Function]:
+    """The Triton kernels on a GPU when the documents are aligned to their block, else the pieces in torch."""
+    if spans and backend.pick(query) == "triton":
+        from fastlora.ops import attention_triton  # imported on first use: triton is absent on macOS and Windows
+
+        if attention_triton.fits(query, spans, max(query.shape[3], value.shape[3])):
+            return attention_triton.TritonAttention
+    return _Attention
 
 
 def _softcapped(module, query, key, value, mask, scale, softcap):

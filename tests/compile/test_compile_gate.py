@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench import gate_attention
 from bench.compile_gate import Case, all_cases, compile_case
 from fastlora.kernels import tables
 
@@ -21,6 +22,11 @@ CHOSEN += [
     Case("gemm", "sm_90", outer=257, inner=129), Case("gemm", "sm_86", torch.float32),
     Case("db_ds", "sm_90", exact=False), Case("gemm", "sm_90", torch.float16),
 ]  # fmt: skip
+CHOSEN += [
+    Case(operation, arch, outer=head, inner=0)
+    for operation in gate_attention.OPERATIONS
+    for arch, head in (("sm_90", 64), ("sm_90", 128), ("sm_89", 64), ("sm_120", 64))
+]
 
 
 @pytest.mark.parametrize("case", CHOSEN, ids=lambda case: case.name)

@@ -1,0 +1,45 @@
+"""Causal attention a document at a time by Triton kernels (kernels/attention.py): the CUDA path of ops/attention.py."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from fastlora.kernels.attention import attention_backward, attention_forward
+from fastlora.kernels.launch import arch_of
+from fastlora.kernels.tables import ATTENTION_BLOCK, ATTENTION_MAX_HEAD
+from fastlora.ops.attention_pieces import Rule
+
+
+def fits(query: torch.Tensor, spans: tuple[tuple[int, int], ...], head: int) -> bool:
+    """Whether the kernels serve these documents: every start and end at a multiple of the block, heads not too wide."""
+    return head <= ATTENTION_MAX_HEAD[arch_of(query)] and all(edge % ATTENTION_BLOCK == 0 for span in spans for edge in span)
+
+
+@functools.lru_cache(maxsize=8)
+def document_edges(spans: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
+    """int32 [2, T / 64]: first token and end of the document that each block of 64 tokens lies in."""
+    lengths = torch.tensor([(stop - start) // ATTENTION_BLOCK for start, stop in spans])
+    edges = torch.tensor(spans, dtype=torch.int32).repeat_interleave(lengths, dim=0)
+    return edges.t().contiguous().to(device)
+
+
+class TritonAttention(torch.autograd.Function):
+    """q [Hq, T, D], k [Hk, T, D], v [Hk, T, E] -> [T, Hq, E]."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, spans, rule: Rule):
+        edges = document_edges(spans, q.device)
+        out, lse = attention_forward(q, k, v, edges, rule.scale, rule.window, rule.softcap)
+        ctx.save_for_backward(q, k, v, out, lse, edges)
+        ctx.rule = rule
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        q, k, v, out, lse, edges = ctx.saved_tensors
+        rule = ctx.rule
+        grads = attention_backward(dout, q, k, v, out, lse, edges, rule.scale, rule.window, rule.softcap)
+        return *grads, None, None
