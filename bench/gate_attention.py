@@ -20,7 +20,7 @@ def build_arguments(case, element: str):
     head, kernel = case.outer, getattr(file, f"{case.operation}_kernel")
     walk = "queries" if case.operation == "attention_dkv" else "keys"
     tile = tables.attention_tile(case.arch, case.dtype, head, walk=walk)
-    signature = {name: element for name in _POINTERS[case.operation]}
+    signature = dict.fromkeys(_POINTERS[case.operation], element)
     signature |= {"p_lse": "*fp32", "p_delta": "*fp32", "p_first": "*i32", "p_last": "*i32"}
     signature |= {"T": "i32", "scale": "fp32", "window": "i32", "softcap": "fp32"}
     constants = dict(
