@@ -146,18 +146,17 @@ def _short(name: str) -> str:
 
 
 def print_kills(console: Console, kills: list[Kill]) -> None:
-    """The kill table."""
-    table = Table(title="planted faults", title_justify="left")
-    for name in ("fault", "claim", "subject", "verdict", "cases", "seconds"):
-        table.add_column(name)
-    for k in kills:
-        reason = "" if k.verdict == KILLED else k.told
-        table.add_row(
-            k.mutant,
-            k.claim,
-            k.subject,
-            _verdict(k.verdict, reason),
-            str(k.cases),
-            f"{k.seconds:.1f}",
+    """The kill table, one for each subject."""
+    for subject in dict.fromkeys(k.subject for k in kills):
+        table = Table(title=f"planted faults: {escape(subject)}", title_justify="left")
+        for name in ("fault", "claim", "verdict", "cases", "seconds"):
+            table.add_column(name)
+        rows = [k for k in kills if k.subject == subject]
+        for k in rows:
+            told = _verdict(k.verdict, "" if k.verdict == KILLED else k.told)
+            table.add_row(k.mutant, k.claim, told, str(k.cases), f"{k.seconds:.1f}")
+        console.print(table)
+        killed, tried = (
+            sum(k.verdict in kinds for k in rows) for kinds in ([KILLED], [KILLED, SURVIVED])
         )
-    console.print(table)
+        console.print(f"{killed} of {tried} killed, {len(rows) - tried} not tried")

@@ -28,7 +28,7 @@ def reference() -> Subject:
 def test_mutant_is_killed_by_the_claim_it_names(mutant, reference):
     kill = try_mutant(mutant, reference, seed=0)
     assert kill.verdict == KILLED, kill.told
-    assert kill.cases <= 60
+    assert not kill.told.startswith("raised"), "a fault that crashes proves nothing about the bound"
 
 
 def test_mutants_have_one_name_each_and_name_a_claim():

@@ -174,11 +174,12 @@ def _accuracy(name: str, sentence: str, wrap: Callable, **more) -> Mutant:
     return Mutant(name, sentence, "linear", "accuracy", wrap, **more)
 
 
-def _splits(name: str, sentence: str, wrap: Callable) -> Mutant:
-    def unseen(subject):
-        return "" if subject.linear.bitwise_splits else "the subject claims no equal bits"
+def _splits(name: str, sentence: str, wrap: Callable, **more) -> Mutant:
+    return Mutant(name, sentence, "linear", "splits", wrap, **more)
 
-    return Mutant(name, sentence, "linear", "splits", wrap, unseen)
+
+def _no_bits(subject) -> str:
+    return "" if subject.linear.bitwise_splits else "the subject claims no equal bits"
 
 
 def _no_half(subject) -> str:
@@ -216,8 +217,8 @@ MUTANTS = (
               _result(lambda i, r, d: replace(r, db=r.db / scale_of(i.alpha, i.rank, i.rslora)))),
     _accuracy("strides ignored", "dy is read as if it were contiguous",
               _call(_misread)),
-    _splits("float sums", "dA and dB are summed in floats", _float_sums),
-    _splits("dropout by place", "the mask depends on the place in the micro-batch", _dropout_by_place),
+    _splits("float sums", "dA and dB are summed in floats", _float_sums, unseen_on=_no_bits),
+    _splits("dropout by place", "the mask depends on the place in the micro-batch", _dropout_by_place, unseen_on=_no_bits),
     _splits("the cut is ignored", "one document at a time, always", _ignores_cut),
     _splits("last micro-batch lost", "the last micro-batch does not reach the sums", _part_lost),
 )  # fmt: skip
