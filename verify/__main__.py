@@ -1,4 +1,5 @@
-"""``python -m verify``: try the claims on this machine's subjects, or plant faults and see them caught.
+"""``python -m verify``: try the claims on this machine's subjects, or plant faults and see them
+caught.
 
 Exit 0: every claim that could be tried held. 1: a failure, a surviving fault, or a required word
 not covered. 2: bad input, said in the last line.

@@ -81,7 +81,8 @@ class Accumulator:
 
 @dataclass(frozen=True)
 class Bounded:
-    """``value``: exact, float64. ``radius`` >= 0, float64: a correct result lies within it of ``value``."""
+    """``value``: exact, float64. ``radius`` >= 0, float64: a correct result lies within it of
+    ``value``."""
 
     value: torch.Tensor
     radius: torch.Tensor

@@ -29,7 +29,8 @@ class Judged:
 
 
 def judge(got: torch.Tensor, bound: Bounded) -> Judged:
-    """Compare element by element; an infinite radius (an overflow to be expected) is skipped, counted.
+    """Compare element by element; an infinite radius (an overflow to be expected) is skipped,
+    counted.
 
     An error of 0 has share 0 whatever the radius; any error over a radius of 0, NaN, or a wrong
     shape has share infinity.

@@ -43,7 +43,8 @@ def check_output(path: str) -> None:
 
 
 def load_subject(name: str) -> Subject:
-    """The object named ``module:object``: a :class:`~verify.subject.Subject`, or a function that returns one.
+    """The object named ``module:object``: a :class:`~verify.subject.Subject`, or a function that
+    returns one.
 
     Raises:
         BadSubject: no such module or object, or it is no subject.

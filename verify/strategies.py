@@ -126,7 +126,8 @@ class LinearCase:
 
 
 def _values(kind: str, shape: tuple[int, ...], draw: torch.Generator) -> torch.Tensor:
-    """float64 values: small integers for a grid, Student-t (2.5 degrees) for heavy tails, else normal."""
+    """float64 values: small integers for a grid, Student-t (2.5 degrees) for heavy tails, else
+    normal."""
     if kind == "grid":
         return torch.randint(-2, 3, shape, generator=draw).double()
     normal = torch.randn(shape, generator=draw, dtype=torch.float64)
@@ -254,7 +255,8 @@ def cuts_of(count: int, seed: int) -> dict[str, Cut]:
 
 @dataclass(frozen=True)
 class OptimizerCase:
-    """Steps of AdamW on gradients of a stated size; ``zero_b``: B and all of A's first gradient are 0."""
+    """Steps of AdamW on gradients of a stated size; ``zero_b``: B and all of A's first gradient are
+    0."""
 
     hyper: Hyper
     size: float
@@ -315,6 +317,7 @@ def ordered(strategy_name: str, names: tuple[str, ...], seed: int, count: int = 
 
 
 def endless(strategy_name: str, names: tuple[str, ...], seed: int) -> Iterator:
-    """The ordered list of ``seed``, and when that is used up those of further seeds derived from it."""
+    """The ordered list of ``seed``, and when that is used up those of further seeds derived from
+    it."""
     for again in itertools.count():
         yield from ordered(strategy_name, names, seed + again * 1_000_003)

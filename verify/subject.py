@@ -195,8 +195,8 @@ class TrainResult:
 class WholeRun:
     """What the user's own command or class trained from files.
 
-    ``ran``: for each step the padded tokens of each micro-batch in its log. ``norm``: the gradient norm it
-    logged for step 1.
+    ``ran``: for each step the padded tokens of each micro-batch in its log. ``norm``: the gradient
+    norm it logged for step 1.
     """
 
     before: dict[str, torch.Tensor]
@@ -208,8 +208,8 @@ class WholeRun:
 class TrainerPart(Protocol):
     """A training loop over a tiny model.
 
-    ``supports_hooks`` False: faults of a loop cannot be planted. ``run`` may be None: then no whole run
-    from files is tried. ``alignment``: tokens to which it pads a sequence.
+    ``supports_hooks`` False: faults of a loop cannot be planted. ``run`` may be None: then no whole
+    run from files is tried. ``alignment``: tokens to which it pads a sequence.
     """
 
     alignment: int

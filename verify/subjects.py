@@ -87,7 +87,8 @@ class FastloraLinear:
         self.alignment = stream.alignment_for("cuda" if forced == "triton" else device)
 
     def roundings(self, dtype: torch.dtype, mode: str) -> Roundings:
-        """S and dS rounded once; y and dx rounded once from an fp32 accumulator; integer sums if exact."""
+        """S and dS rounded once; y and dx rounded once from an fp32 accumulator; integer sums if
+        exact."""
         tensor_cores = self.device == "cuda" and dtype in HALF
         return Roundings.fused(
             dtype,
@@ -284,7 +285,8 @@ class FastloraTrainer:
         return result
 
     def run(self, case: TrainCase, most_tokens: int, order: tuple[int, ...]) -> WholeRun:
-        """``fastlora.Trainer`` on files, dropout as the case says, with ``most_tokens`` a micro-batch."""
+        """``fastlora.Trainer`` on files, dropout as the case says, with ``most_tokens`` a
+        micro-batch."""
         model = tiny_llama(case).to(self.device)
         lora = fastlora.LoraConfig(r=case.rank, lora_dropout=case.dropout)
         with tempfile.TemporaryDirectory() as folder:
@@ -372,7 +374,8 @@ def _gradients(model: nn.Module, tokens: float, float_sums: bool) -> dict[str, t
 
 
 def built_in(device: str) -> list[Subject]:
-    """The subjects of this machine for "auto", "cpu" or "cuda"; empty if a device asked for is not there.
+    """The subjects of this machine for "auto", "cpu" or "cuda"; empty if a device asked for is not
+    there.
 
     In Triton's interpreter (``TRITON_INTERPRET=1`` from the start) the kernels are a CPU subject of
     their own, in fp32 and fp16: the interpreter's bf16 is wrong.

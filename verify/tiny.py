@@ -1,6 +1,7 @@
 """A tiny random model, its words and its rows: what trainings of the harness are made of.
 
-Imports transformers when called, and nothing of what is judged, so that any trainer can be given the same.
+Imports transformers when called, and nothing of what is judged, so that any trainer can be given
+the same.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ END, UNKNOWN = 0, 1
 
 
 def tiny_llama(case: TrainCase) -> nn.Module:
-    """A Llama of two layers in fp32, drawn from the case's seed; torch's own generator is left alone."""
+    """A Llama of two layers in fp32, drawn from the case's seed; torch's own generator is left
+    alone."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -47,7 +49,8 @@ def token_rows(case: TrainCase, step: int) -> list[list[int]]:
 
 
 def supervised_tokens(case: TrainCase) -> int:
-    """Of one global batch, counted here: all but the prompt, or the first token where there is none; the
+    """Of one global batch, counted here: all but the prompt, or the first token where there is
+    none; the
     end token is one of them."""
     return sum(length + 1 - max(case.prompt, 1) for length in case.lengths)
 

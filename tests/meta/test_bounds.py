@@ -1,4 +1,5 @@
-"""Rounding bounds: they hold for correct results of any order, and are not so wide that they say nothing."""
+"""Rounding bounds: they hold for correct results of any order, and are not so wide that they say
+nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def truncated_sum(terms: torch.Tensor, block: int = 4) -> torch.Tensor:
-    """Sums along the last axis as tensor cores do: a block's addends and the running sum are cut at the last
+    """Sums along the last axis as tensor cores do: a block's addends and the running sum are cut at
+    the last
     of 24 bits of the largest of them, then added."""
     total = torch.zeros(terms.shape[:-1], dtype=torch.float64)
     for part in terms.split(block, dim=-1):

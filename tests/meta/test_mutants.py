@@ -1,4 +1,5 @@
-"""The kill table in short: every fault of the linear and the optimiser, and some of the trainer, on CPU.
+"""The kill table in short: every fault of the linear and the optimiser, and some of the trainer, on
+CPU.
 
 ``python -m verify --mutants`` tries them all.
 """

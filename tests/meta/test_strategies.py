@@ -1,4 +1,5 @@
-"""The strategies: one ordered list a seed, the promised corners in it, inputs that are what they say."""
+"""The strategies: one ordered list a seed, the promised corners in it, inputs that are what they
+say."""
 
 from __future__ import annotations
 

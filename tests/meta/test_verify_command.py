@@ -1,4 +1,5 @@
-"""``python -m verify``: exit codes, the report, and what it says when a subject has no part for a claim."""
+"""``python -m verify``: exit codes, the report, and what it says when a subject has no part for a
+claim."""
 
 from __future__ import annotations
 

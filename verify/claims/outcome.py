@@ -11,7 +11,8 @@ MOST_FAILURES = 5
 
 @dataclass
 class Budget:
-    """Seconds, or a number of cases: ``more()`` says whether to begin another; the first always may."""
+    """Seconds, or a number of cases: ``more()`` says whether to begin another; the first always
+    may."""
 
     seconds: float | None = None
     cases: int | None = None
@@ -29,7 +30,8 @@ class Budget:
 
 @dataclass
 class Outcome:
-    """One row of the report. ``worst``: the largest share of a bound seen, None where bits are compared."""
+    """One row of the report. ``worst``: the largest share of a bound seen, None where bits are
+    compared."""
 
     claim: str
     statement: str

@@ -255,8 +255,8 @@ def _model(subject: Subject, case: TrainCase, out: Outcome, floats: _Floats) -> 
 def _whole_runs(trainer, case: TrainCase, pieces: TrainResult, out: Outcome, where: str) -> None:
     """From files, as a user trains: micro-batches of one row, of some, of all, and another order.
 
-    The adapter must have the bits that the harness's own loop over the trainer's pieces gives, and the
-    gradient norm logged for step 1 be that of the mean over the harness's own count of tokens.
+    The adapter must have the bits that the harness's own loop over the trainer's pieces gives, and
+    the gradient norm logged for step 1 be that of the mean over the harness's own count of tokens.
     """
     forward, pad = tuple(range(len(case.lengths))), trainer.alignment
     padded = sorted(-(-(n + 1) // pad) * pad for n in case.lengths)

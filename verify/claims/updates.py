@@ -152,7 +152,8 @@ def _training(subject: Subject, case: TrainCase, out: Outcome) -> int:
 
 
 def _first_steps(result: TrainResult, out: Outcome, where: str) -> None:
-    """B = 0 and no decay: A keeps its bits at step 1 and B moves; by the second step everything has."""
+    """B = 0 and no decay: A keeps its bits at step 1 and B moves; by the second step everything
+    has."""
     for name, start in result.before.items():
         first, last = result.after[0][name], result.after[-1][name]
         if name.endswith("lora_A.weight"):
@@ -168,7 +169,8 @@ def _first_steps(result: TrainResult, out: Outcome, where: str) -> None:
 
 
 def report_rows(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> list[dict]:
-    """A row for each tensor: MD5 before and after, sum and maximum of absolute differences, share changed."""
+    """A row for each tensor: MD5 before and after, sum and maximum of absolute differences, share
+    changed."""
     rows = []
     for name in sorted(before):
         difference = (after[name].double() - before[name].double()).abs()

@@ -218,7 +218,8 @@ MUTANTS = (
     _accuracy("strides ignored", "dy is read as if it were contiguous",
               _call(_misread)),
     _splits("float sums", "dA and dB are summed in floats", _float_sums, unseen_on=_no_bits),
-    _splits("dropout by place", "the mask depends on the place in the micro-batch", _dropout_by_place, unseen_on=_no_bits),
+    _splits("dropout by place", "the mask depends on the place in the micro-batch",
+            _dropout_by_place, unseen_on=_no_bits),
     _splits("the cut is ignored", "one document at a time, always", _ignores_cut),
     _splits("last micro-batch lost", "the last micro-batch does not reach the sums", _part_lost),
 )  # fmt: skip

@@ -11,7 +11,8 @@ from verify.oracle.adamw import AdamWOracle, clip_coefficient
 
 
 def _rule(step) -> callable:
-    """An optimiser with ``step(oracle, gradients)`` in place of the oracle's; results rounded to fp32."""
+    """An optimiser with ``step(oracle, gradients)`` in place of the oracle's; results rounded to
+    fp32."""
 
     def wrap(part):
         def run(parameters, gradients, hyper):
