@@ -3,6 +3,8 @@
 Run it anywhere: ``python examples/plain_loop.py``. The model is a tiny random Llama, so nothing is downloaded.
 """
 
+# ruff: noqa: T201  (a script that shows its result)
+
 from __future__ import annotations
 
 import torch

@@ -4,6 +4,8 @@ Run it anywhere: ``python examples/transformers_trainer.py [FOLDER]``. The model
 downloaded; FOLDER gets the adapter (default: a temporary one).
 """
 
+# ruff: noqa: T201  (a script that shows its result)
+
 from __future__ import annotations
 
 import sys

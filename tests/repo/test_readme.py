@@ -12,6 +12,7 @@ import pages
 import pytest
 import source
 import typer
+
 from tests.unit.tiny_tokenizer import make_tokenizer
 
 # A speed or a factor in prose. Tables made from bench/results stand between these marks.
