@@ -123,6 +123,15 @@ def build_arguments(case: Case):
     return gemm_file.gemm_tma_kernel, tile, signature, constants
 
 
+# Bytes of registers that a case may keep in local memory, where measured to be faster than a tile that keeps none.
+SPILLS_ALLOWED = {("attention_dkv", "sm_90", 128): 16}
+
+
+def allowed_spills(case: Case) -> int:
+    """Bytes this case may spill; 0 for nearly all."""
+    return SPILLS_ALLOWED.get((case.operation, case.arch, case.outer), 0)
+
+
 def compile_case(case: Case):
     """(compiled kernel, its :class:`Report`)."""
     kernel, tile, signature, constants = build_arguments(case)
@@ -184,7 +193,7 @@ def main() -> None:
             bad += 1
             continue
         limit = tables.SHARED_MEMORY[case.arch]
-        verdict = "ok" if report.shared <= limit and report.spills == 0 else "BAD"
+        verdict = "ok" if report.shared <= limit and report.spills <= allowed_spills(case) else "BAD"
         bad += verdict != "ok"
         print(f"{case.name:60s} {verdict:4s} {report} of {limit}", flush=True)
     raise SystemExit(1 if bad else 0)

@@ -200,7 +200,7 @@ def _rule(q, v, k, window, softcap) -> tuple[dict, tuple]:
     constants = dict(
         GROUPS=q.shape[0] // k.shape[0], D=head, E=value_head, WINDOW=window is not None, SOFTCAP=softcap is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        BD=max(16, triton.next_power_of_2(head)), BE=max(16, triton.next_power_of_2(value_head)),
+        BD=launch.padded_rank(head), BE=launch.padded_rank(value_head),
     )  # fmt: skip
     return constants, (int(window or 0), float(softcap or 1.0))
 

@@ -140,7 +140,7 @@ def gemm(x, weight, s=None, b=None, bias=None, *, transposed, dropout=None):
         N=outer, K=inner, R=rank, TRANSPOSED=transposed, BIAS=bias is not None, DROPOUT=drop.active,
         BM=tile.bm, BN=tile.bn, BK=tile.bk, BR=low_rank, GROUP=tile.group,
     )  # fmt: skip
-    tiles = triton.cdiv(rows, tile.bm) * triton.cdiv(outer, tile.bn)
+    tiles = launch.cdiv(rows, tile.bm) * launch.cdiv(outer, tile.bn)
     scalars = (rows, drop.seed, drop.threshold, drop.keep_scale)
     if not tma:
         s, b = (x, weight) if s is None else (s, b)

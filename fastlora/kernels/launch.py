@@ -7,7 +7,6 @@ import functools
 from typing import NamedTuple
 
 import torch
-import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels.tables import (
@@ -20,11 +19,16 @@ from fastlora.kernels.tables import (
 )
 
 __all__ = [
-    "Dropout", "arch_of", "can_use_tma", "chunks_per_program", "descriptor", "dropout_arguments", "gemm_tile", "is_ragged",
+    "Dropout", "arch_of", "can_use_tma", "cdiv", "chunks_per_program", "descriptor", "dropout_arguments", "gemm_tile", "is_ragged",
     "padded_rank", "persistent_programs", "project_tile", "reduce_tile", "run", "token_sum_tile",
 ]  # fmt: skip
 
 _BY_CAPABILITY = ((12, 0, "sm_120"), (10, 0, "sm_100"), (9, 0, "sm_90"), (8, 9, "sm_89"), (8, 6, "sm_86"), (8, 0, "sm_80"))
+
+
+def cdiv(total: int, size: int) -> int:
+    """How many blocks of ``size`` cover ``total`` (triton.cdiv takes microseconds on the host)."""
+    return -(-total // size)
 
 
 @functools.cache
@@ -60,12 +64,12 @@ def chunks_per_program(chunks: int, blocks: int, device: torch.device) -> int:
     Free of bits in exact mode (integers), and in fp32 mode a fixed function of the shape.
     """
     programs = _processors(device.index) if device.type == "cuda" else 2
-    return max(1, triton.cdiv(chunks * blocks, programs))
+    return max(1, cdiv(chunks * blocks, programs))
 
 
 def padded_rank(rank: int) -> int:
     """Rank as the kernels store it: a power of two of at least 16 (the matrix instruction's depth)."""
-    return max(16, triton.next_power_of_2(rank))
+    return max(16, 1 << (rank - 1).bit_length())
 
 
 def is_ragged(dtype: torch.dtype, *features: int) -> bool:

@@ -62,7 +62,7 @@ def project(x, weight, scale, dropout=None, *, transposed=False):
     tile = launch.project_tile(launch.arch_of(x), x.dtype, rank)
     drop = launch.dropout_arguments(dropout, x)
     launch.run(
-        project_kernel, (triton.cdiv(rows, tile.bm),), tile,
+        project_kernel, (launch.cdiv(rows, tile.bm),), tile,
         x, weight, out, drop.tokens, rows, float(scale), drop.seed, drop.threshold, drop.keep_scale,
         F=features, R=rank, W_R=1 if transposed else features, W_F=rank if transposed else 1,
         DROPOUT=drop.active, PRECISION="ieee" if x.dtype == torch.float32 else "tf32", BM=tile.bm, BF=tile.bk,

@@ -126,10 +126,10 @@ def token_sum(wide, narrow, rank, *, feature_major, exact=None, dropout=None, b=
         return (None if exact is not None else torch.zeros(shape, device=wide.device)), ds
     arch = launch.arch_of(wide)
     tile = launch.token_sum_tile(arch, wide.dtype, padded, with_ds=with_ds)
-    chunks = triton.cdiv(rows, CHUNK)
-    blocks = triton.cdiv(features, tile.bn)
+    chunks = launch.cdiv(rows, CHUNK)
+    blocks = launch.cdiv(features, tile.bn)
     walk = launch.chunks_per_program(chunks, blocks, wide.device)
-    runs = triton.cdiv(chunks, walk)
+    runs = launch.cdiv(chunks, walk)
     partial = torch.empty(blocks, rows, padded, device=wide.device, dtype=torch.float32) if with_ds else narrow
     if exact is not None:
         out, stats, first = exact.total, exact.stats, exact.chunks
@@ -149,7 +149,7 @@ def token_sum(wide, narrow, rank, *, feature_major, exact=None, dropout=None, b=
     if with_ds:
         reduce = launch.reduce_tile(padded)
         launch.run(
-            reduce_ds_kernel, (triton.cdiv(rows, reduce.bm),), reduce,
+            reduce_ds_kernel, (launch.cdiv(rows, reduce.bm),), reduce,
             partial, ds, rows, float(ds_scale), R=padded, PARTS=blocks, BM=reduce.bm,
         )
     return (None if exact is not None else out.sum(0)), ds

@@ -120,6 +120,11 @@ class _ExactLoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, a, b, scale, bias, dropout, key, sums):
         forward, ctx.run_backward = _implementation(x)
+        if backend.pick(x) == "triton":
+            from fastlora.ops import triton_path
+
+            # cast and padded once for both directions
+            a, b = triton_path.padded_a(a, x.dtype), triton_path.padded_b(b, x.dtype)
         y, s = forward(x, weight, a, b, scale, bias, dropout, key)
         ctx.save_for_backward(x, weight, a, b, s)
         ctx.scale, ctx.dropout, ctx.key, ctx.sums = scale, dropout, key, sums

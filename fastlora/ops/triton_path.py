@@ -61,7 +61,8 @@ def backward_triton(
 ):
     """(dx or None, da or None, db or None). See ``reference.backward_ref``."""
     dy, x, weight, s = kernel_ready(dy), kernel_ready(x), kernel_ready(weight), kernel_ready(s)
-    rank = a.shape[0]
+    # a and b may be padded already (exact mode keeps the forward's copies): the sums know the rank then
+    rank = a.shape[0] if sums_a is None else sums_a.total.shape[0]
     b_padded = padded_b(b, x.dtype)
     drop = _dropout(dropout, key)
     if s.shape[1] <= DS_IN_TOKEN_SUM_MAX_RANK:

