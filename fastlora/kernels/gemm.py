@@ -75,7 +75,7 @@ def gemm_tma_kernel(
     """As :func:`gemm_kernel`; d_* are tensor descriptors, whose loads fill edges with zeros and whose stores clip.
 
     A persistent grid of PROGRAMS walks the tiles. HALVES: the tile leaves in two halves of BN / 2 columns, which halves the
-    shared memory of the store and leaves room for a third pipeline stage (measured: DESIGN of the kernels in docs/).
+    shared memory of the store and leaves room for a third pipeline stage.
     """
     num_m = tl.cdiv(M, BM)
     num_n = tl.cdiv(N, BN)

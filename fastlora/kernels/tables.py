@@ -1,8 +1,8 @@
 """Tile tables by architecture: committed, never tuned at run time, never chosen by the token count.
 
 What fixes an element's bits (the depth of a K step, the instruction's shape) may depend on features, rank, dtype and
-architecture alone. The rows for sm_90 were measured on an H100 (docs/kernels.md holds date, figures and runners-up); the others are
-chosen to launch within the architecture's shared memory and to spill nothing, which tests/gpu and the compile gate hold.
+architecture alone. The rows for sm_90 were the fastest of a sweep on an H100 (2026-11-24, torch 2.11, Triton 3.6; M = 8192, K = 4096);
+the others are chosen to launch within the architecture's shared memory and to spill nothing, which the compile gate holds.
 """
 
 from __future__ import annotations
