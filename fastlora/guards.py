@@ -43,7 +43,7 @@ def check_rows(rows: RowSet) -> None:
     if rows.counts.get("without_end") == rows.counts.get("used", len(rows.rows)):
         raise SilentFailure(
             "no-end-token",
-            f"in none of the {len(rows.rows)} rows is an end token supervised, so the model would never learn "
+            f"in none of the {len(rows.rows)} rows is an end token supervised: the model would never learn "
             "to stop",
             "Let the chat template write the end token inside the assistant's turn",
         )
@@ -91,7 +91,7 @@ def check_tokens(model: nn.Module, *row_lists: Sequence[Row]) -> None:
         for row in rows:
             token = int(row.input_ids.max())
             if token >= size:
-                raise InputError(f"line {row.line}: token {token} has no row in the model's embedding (allowed "
+                raise InputError(f"line {row.line}: token {token} is not in the model's embedding (allowed "
                                  f"are 0 to {size - 1}); the tokenizer is not this model's")
 
 

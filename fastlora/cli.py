@@ -1,0 +1,101 @@
+"""The command line. Bad input: exit 2, one line on stderr, no traceback; a run that had to stop: exit 1."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from fastlora.cli_train import train
+from fastlora.errors import InputError, TrainingError
+
+app = typer.Typer(
+    name="fastlora", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    rich_markup_mode=None, help="LoRA fine-tuning, exact under every split of the batch.",
+)
+app.command()(train)
+
+Model = Annotated[str, typer.Option("--model", help="Folder of the base model, or a hub name.")]
+Gguf = Annotated[str | None, typer.Option("--gguf-file", help="GGUF file inside the model's folder.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the model's folder.")]
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option("--output", help="Folder for data, adapters and reports.")] = "demo-run",
+    model: Annotated[str | None, typer.Option("--model", help="A model of your own instead.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Optimiser steps.")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cuda or cpu.")] = "auto",
+) -> None:
+    """Train SmolLM2-135M on the docstrings of this Python's standard library, and prove what changed."""
+    from fastlora.demo import run_demo
+
+    run_demo(output, model=model, steps=steps, device=device)
+
+
+@app.command()
+def report(
+    before: Annotated[str, typer.Argument(help="Folder of one adapter.")],
+    after: Annotated[str, typer.Argument(help="Folder of the other.")],
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Compare two adapters tensor by tensor."""
+    import json
+
+    from fastlora.report import update_report
+
+    found = update_report(before, after)
+    if json_output:
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+        return
+    console = _console()
+    console.print(found.table())
+    for line in (*found.findings, f"digests: {found.digest_before} before, {found.digest_after} after"):
+        console.print(line, highlight=False, markup=False)
+
+
+@app.command()
+def merge(
+    model: Model,
+    adapter: Annotated[str, typer.Option("--adapter", help="Folder of the adapter.")],
+    output: Annotated[str, typer.Option("--output", help="New folder for the merged model.")],
+    gguf_file: Gguf = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="auto is the dtype of the model's files.")] = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write the base model with the adapter inside its weights, as a transformers folder."""
+    from fastlora.export import merge_to_folder
+
+    folder = merge_to_folder(model, adapter, output, gguf_file=gguf_file, dtype=dtype,
+                             trust_remote_code=trust_remote_code)
+    typer.echo(f"merged model: {folder}")
+
+
+def _console():
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and leave by SystemExit."""
+    try:
+        app(args=arguments, prog_name="fastlora")
+    except InputError as error:
+        _leave(error, 2)
+    except TrainingError as error:
+        _leave(error, 1)
+    except OSError as error:
+        # A full disk or a folder taken away: what was written before is whole (see fastlora.files).
+        _leave(error, 1)
+
+
+def _leave(error: Exception, code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    raise SystemExit(code) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""``fastlora train``: from flags to a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+import typer
+
+from fastlora.errors import InputError
+
+HUGE = "which changes time and memory, never the result"
+
+
+def _option(*names: str, help: str, **more):
+    return typer.Option(*names, help=help, show_default=False, **more)
+
+
+def train(
+    model: Annotated[str | None, _option("--model", help="Folder of the base model, or a hub name "
+                                         "owner/name, which is fetched.")] = None,
+    gguf_file: Annotated[str | None, _option("--gguf-file", help="GGUF file inside the model's folder; found "
+                                             "by itself if it is the only one.")] = None,
+    data: Annotated[str | None, _option("--data", help="JSONL file to train on.")] = None,
+    eval_data: Annotated[str | None, _option("--eval-data", help="JSONL file that is only evaluated.")] = None,
+    output: Annotated[str | None, _option("--output", help="Folder for adapter, log, report, "
+                                          "checkpoints.")] = None,
+    rank: Annotated[int | None, _option("--rank", help="LoRA rank r. [16]")] = None,
+    lora_alpha: Annotated[float | None, _option("--lora-alpha", help="LoRA alpha. [the rank]")] = None,
+    lora_dropout: Annotated[float | None, _option("--lora-dropout", help="Dropout before A. [0]")] = None,
+    use_rslora: Annotated[bool | None, _option("--use-rslora/--no-use-rslora", help="Scale by alpha / "
+                                               "sqrt(r).")] = None,
+    target_modules: Annotated[str | None, _option(
+        "--target-modules", help="Names with commas between, one regular expression, or all-linear. "
+        "[the seven projections]")] = None,
+    batch_size: Annotated[int | None, _option("--batch-size", help="Sequences per optimiser step. [16]")] = None,
+    micro_batch_size: Annotated[int | None, _option(
+        "--micro-batch-size", help="With the next: their product is the batch.")] = None,
+    gradient_accumulation_steps: Annotated[int | None, _option(
+        "--gradient-accumulation-steps", help="See --micro-batch-size.")] = None,
+    micro_batch_tokens: Annotated[str | None, _option(
+        "--micro-batch-tokens", help=f"Most padded tokens in one forward, {HUGE}. [auto]")] = None,
+    max_length: Annotated[int | None, _option("--max-length", help="Longest row in tokens. [the model's "
+                                              "number of positions]")] = None,
+    steps: Annotated[int | None, _option("--steps", help="Optimiser steps, or:")] = None,
+    epochs: Annotated[float | None, _option("--epochs", help="Passes over the data. [1]")] = None,
+    learning_rate: Annotated[float | None, _option("--learning-rate", help="Peak rate. [2e-4]")] = None,
+    lr_scheduler: Annotated[str | None, _option("--lr-scheduler", help="As transformers names it. "
+                                                "[linear]")] = None,
+    warmup_ratio: Annotated[float | None, _option("--warmup-ratio", help="Share of the steps. [0.03]")] = None,
+    weight_decay: Annotated[float | None, _option("--weight-decay", help="Decoupled. [0]")] = None,
+    max_grad_norm: Annotated[float | None, _option("--max-grad-norm", help="Clip norm, 0 for none. "
+                                                   "[1.0]")] = None,
+    gradient_scale: Annotated[float | None, _option(
+        "--gradient-scale", help="Power of two that lifts small gradients above the fixed point. [1]")] = None,
+    seed: Annotated[int | None, _option("--seed", help="Of A, of the order, of dropout. [0]")] = None,
+    shuffle: Annotated[bool | None, _option("--shuffle/--no-shuffle", help="A seeded permutation each epoch, "
+                                            "or the file's order. [shuffle]")] = None,
+    on_bad_row: Annotated[str | None, _option("--on-bad-row", help="refuse or skip. [refuse]")] = None,
+    on_long_row: Annotated[str | None, _option("--on-long-row", help="refuse, skip or truncate. "
+                                               "[refuse]")] = None,
+    device: Annotated[str | None, _option("--device", help="auto, cuda or cpu. [auto]")] = None,
+    dtype: Annotated[str | None, _option("--dtype", help="Of the base model: auto, float32, bfloat16, float16. "
+                                         "auto is bf16 on CUDA, fp32 on CPU. [auto]")] = None,
+    checkpoint_every: Annotated[int | None, _option("--checkpoint-every", help="Steps; 0: only at the end. "
+                                                    "[50]")] = None,
+    keep_checkpoints: Annotated[int | None, _option("--keep-checkpoints", help="How many stay. [2]")] = None,
+    eval_every: Annotated[int | None, _option("--eval-every", help="Steps; 0: four times a run. [0]")] = None,
+    digest_every: Annotated[int | None, _option("--digest-every", help="Steps between MD5s in the log; 0: at "
+                                                "checkpoints. [0]")] = None,
+    save_dtype: Annotated[str | None, _option("--save-dtype", help="Of the adapter file. [float32]")] = None,
+    tensorboard: Annotated[bool | None, _option("--tensorboard/--no-tensorboard", help="Also write "
+                                                "TensorBoard scalars.")] = None,
+    strict: Annotated[bool | None, _option("--strict/--no-strict", help="Refuse anything but the fast "
+                                           "path.")] = None,
+    trust_remote_code: Annotated[bool | None, _option(
+        "--trust-remote-code/--no-trust-remote-code", help="Run code from the model's folder.")] = None,
+    resume: Annotated[bool, _option("--resume", help="Go on with the run in --output; flags not given are read "
+                                    "from its run.toml.")] = False,
+    overwrite: Annotated[bool, _option("--overwrite", help="Replace the run in --output.")] = False,
+) -> None:
+    """Train a LoRA adapter. The batch is --batch-size sequences per optimiser step; how it is cut is free."""
+    given = {name: value for name, value in locals().items() if value is not None}
+    lora_given = {field: given.pop(flag) for flag, field in _LORA.items() if flag in given}
+    result = run(given, lora_given)
+    if result.signal is not None:
+        raise typer.Exit(128 + result.signal)
+
+
+_LORA = {"rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "use_rslora": "use_rslora",
+         "target_modules": "target_modules"}
+
+
+def run(given: dict, lora_given: dict, console=None):
+    """Train with the settings given by name (fields of TrainConfig and of LoraConfig); returns TrainResult.
+
+    Raises:
+        InputError, TrainingError: see :class:`fastlora.train.Trainer`.
+    """
+    from fastlora.config import LoraConfig
+    from fastlora.train_config import TrainConfig
+
+    stored: dict = {}
+    if given.get("resume") and given.get("output"):
+        from fastlora import rundir
+
+        stored = rundir.read_run(given["output"])
+    known = {field.name for field in dataclasses.fields(TrainConfig)} - {"resume", "overwrite"}
+    settings = {k: v for k, v in stored.get("train", {}).items() if k in known}
+    if {"steps", "epochs"} & given.keys():
+        settings = {k: v for k, v in settings.items() if k not in ("steps", "epochs")}
+    settings |= given
+    for name in ("model", "data", "output"):
+        if not settings.get(name):
+            raise InputError(f"{name}: missing; give --{name}")
+    if isinstance(settings.get("micro_batch_tokens"), str) and settings["micro_batch_tokens"] != "auto":
+        settings["micro_batch_tokens"] = _whole("micro_batch_tokens", settings["micro_batch_tokens"])
+    config = TrainConfig(**settings)
+    if isinstance(lora_given.get("target_modules"), str):
+        lora_given["target_modules"] = _targets(lora_given["target_modules"])
+    if "lora" in stored:
+        lora = dataclasses.replace(LoraConfig.from_peft(stored["lora"], "run.toml"), **lora_given)
+    else:
+        lora = LoraConfig(base_model_name_or_path=config.model, **lora_given)
+    return start(config, lora, console)
+
+
+def start(config, lora, console=None):
+    """Load model and tokenizer by ``config`` and train."""
+    from fastlora import rundir, setup
+    from fastlora.train import Trainer
+
+    rundir.check(config)
+    device, note = setup.choose_device(config.device)
+    if note:
+        typer.echo(note)
+    files = {"gguf_file": config.gguf_file, "trust_remote_code": config.trust_remote_code}
+    dtype = setup.choose_dtype(config.dtype, device)
+    tokenizer = setup.load_tokenizer(config.model, **files)
+    model = setup.load_model(config.model, dtype=dtype, device=device, **files)
+    return Trainer(model, tokenizer, config, lora, console=console).train()
+
+
+def _whole(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f'{name} = {text!r}: allowed is a positive integer or "auto"') from None
+
+
+def _targets(text: str) -> list[str] | str:
+    """Names between commas as a list; "all-linear" or a regular expression as it is."""
+    if text == "all-linear" or set(text) & set("()[]|*+?^$\\"):
+        return text
+    return [name.strip() for name in text.split(",") if name.strip()]

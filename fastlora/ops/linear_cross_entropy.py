@@ -1,0 +1,215 @@
+"""Head and loss in one operation: the sum of token losses over the supervised rows, and its
+gradient.
+
+    z = f(h W^T)       f(z) = logit_scale * c tanh(z / c), without c: logit_scale * z
+    loss = sum over supervised rows of (log sum exp z - z[label])
+    dh = (f'(..) (softmax(z) - onehot(label))) W
+
+Only supervised rows are computed. They are gathered a document at a time and cut into fixed tiles,
+so a row's bits depend on its document alone. A tile's logits live only while it is computed; the
+gradient of the sum is made in the forward and scaled in the backward. Row losses are rounded to
+int64 fixed point (one unit is 2^-40) and added as integers, which have no order. The optimiser
+divides, once, by the global batch's supervised tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+import torch
+
+from fastlora import blocks, stream
+from fastlora.errors import InputError
+
+IGNORED = -100
+LOSS_UNIT = 2.0**-40
+# Logits of a tile: 64 x 49,152 in fp32 are 12.6 MB; products of 64 rows run at full speed.
+TILE_ROWS = {"cpu": 64, "cuda": 2048}
+# Rows of a 16-bit head that are held in fp32 at a time.
+VOCAB_ROWS = 8192
+
+
+@dataclass
+class LossRecord:
+    """What a loss was made of, for logs and for naming a sequence whose loss is not finite.
+
+    Attributes:
+        units: the exact sum in units of 2^-40, an integer: add these over micro-batches. Rows whose
+            loss is not finite count 0.
+        documents: float64 [documents]: the loss sum of each document of the stream, NaN where a row
+            of it is not finite. Without a stream the whole batch is one document.
+        supervised: supervised tokens of each document.
+    """
+
+    units: int = 0
+    documents: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    supervised: tuple[int, ...] = ()
+
+    @property
+    def not_finite(self) -> list[int]:
+        """Indices of documents whose loss is not finite."""
+        return torch.nonzero(~self.documents.isfinite()).flatten().tolist()
+
+
+def _spans(rows: int) -> tuple[tuple[int, int], ...]:
+    current = stream.active()
+    if current is not None and current.total == rows:
+        return current.spans
+    return ((0, rows),)
+
+
+def _cut(counts: list[int], device: str) -> list[tuple[int, int]]:
+    """Tiles over the gathered rows; on CPU none crosses a document."""
+    step = TILE_ROWS.get(device, TILE_ROWS["cuda"])
+    tiles, start = [], 0
+    for count in counts if device == "cpu" else [sum(counts)]:
+        tiles += [
+            (low, min(low + step, start + count)) for low in range(start, start + count, step)
+        ]
+        start += count
+    return tiles
+
+
+@functools.lru_cache(maxsize=64)
+def _vocabulary(size: int) -> tuple[slice, ...]:
+    return tuple(slice(low, min(low + VOCAB_ROWS, size)) for low in range(0, size, VOCAB_ROWS))
+
+
+def _tile(h, weight, labels, softcap, logit_scale, want_grad):
+    """(row losses fp32 [n], gradient fp32 [n, H] or None) of one tile."""
+    h32 = h.float()
+    z = h32.new_empty(h.shape[0], weight.shape[0])
+    for part in _vocabulary(weight.shape[0]):
+        torch.mm(h32, weight[part].float().t(), out=z[:, part])
+    capped = None
+    if softcap is not None:
+        capped = z.mul_(1.0 / softcap).tanh_()
+        z = capped * (softcap * logit_scale)
+    elif logit_scale != 1.0:
+        z.mul_(logit_scale)
+    index = labels.unsqueeze(1)
+    target = z.gather(1, index)
+    top = z.amax(1, keepdim=True)
+    total = z.sub_(top).exp_().sum(1, keepdim=True)
+    losses = (total.log().add_(top).sub_(target)).squeeze(1)
+    if not want_grad:
+        return losses, None
+    z.div_(total)
+    z.scatter_add_(1, index, torch.full_like(target, -1.0))
+    if capped is not None:
+        z.mul_(capped.square_().neg_().add_(1.0))
+    grad = torch.zeros_like(h32)
+    for part in _vocabulary(weight.shape[0]):
+        grad.addmm_(z[:, part], weight[part].float())
+    if logit_scale != 1.0:
+        grad.mul_(logit_scale)
+    return losses, grad
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, rows, labels, tiles, softcap, logit_scale, losses):
+        want_grad = ctx.needs_input_grad[0]
+        h = hidden.index_select(0, rows)
+        grad = torch.empty_like(h) if want_grad else None
+
+        def tile(item: tuple[int, int]) -> None:
+            part = slice(*item)
+            # A copy: the rows of a document begin anywhere in h, and alignment must not depend on
+            # it.
+            row_losses, g = _tile(
+                h[part].clone(), weight, labels[part], softcap, logit_scale, want_grad
+            )
+            losses[part] = row_losses
+            if want_grad:
+                grad[part] = g
+
+        if hidden.device.type == "cpu":
+            blocks.run(tile, tiles)
+        else:
+            for item in tiles:
+                tile(item)
+        ctx.save_for_backward(rows, grad)
+        ctx.shape = hidden.shape
+        # The caller makes the exact sum; this scalar only carries the gradient.
+        return losses.new_zeros((), dtype=torch.float64)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        rows, grad = ctx.saved_tensors
+        dhidden = grad.new_zeros(ctx.shape)
+        scaled = grad.float().mul_(upstream.float()).to(grad.dtype)
+        return dhidden.index_copy_(0, rows, scaled), *(None,) * 7
+
+
+def _check(hidden, weight, labels, softcap) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise InputError(
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}: they must be [M, H], [V, H]"
+        )
+    if labels.shape != hidden.shape[:1]:
+        raise InputError(f"labels {tuple(labels.shape)}: one for each of {hidden.shape[0]} rows")
+    if weight.requires_grad:
+        raise InputError("weight: requires_grad is True; the head must be frozen")
+    if softcap is not None and not softcap > 0:
+        raise InputError(f"softcap is {softcap}; it must be above 0, or None")
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    record: LossRecord | None = None,
+) -> tuple[torch.Tensor, int]:
+    """The summed cross-entropy of ``hidden @ weight.T`` over supervised rows.
+
+    Args:
+        hidden: [M, H], any float dtype; the gradient goes here.
+        weight: [V, H], the frozen head.
+        labels: integers [M], already shifted (row t holds the token after t); -100 is ignored.
+        softcap: c of c tanh(z / c), applied before ``logit_scale``; None: none.
+        logit_scale: multiplies the logits.
+        record: filled with the exact sum and each document's share.
+
+    Returns:
+        (float64 scalar, the SUM of the losses with a gradient to ``hidden``; supervised rows).
+        The sum is NaN if any row's loss is not finite.
+
+    Raises:
+        InputError: shapes that do not agree, a label outside the vocabulary, a head that is not
+            frozen, or a soft-cap that is not positive.
+    """
+    _check(hidden, weight, labels, softcap)
+    rows = torch.nonzero(labels != IGNORED).flatten()
+    chosen = labels.index_select(0, rows).long()
+    if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < weight.shape[0]:
+        raise InputError(
+            f"labels hold {int(chosen.min())} to {int(chosen.max())}; "
+            f"allowed are {IGNORED} and 0 to {weight.shape[0] - 1}"
+        )
+    spans = _spans(hidden.shape[0])
+    ends = torch.tensor([stop for _, stop in spans], device=rows.device)
+    owner = torch.bucketize(rows, ends, right=True)
+    counts = torch.bincount(owner, minlength=len(spans)).tolist()
+    losses = torch.empty(rows.shape[0], dtype=torch.float32, device=hidden.device)
+    carrier = _LinearCrossEntropy.apply(
+        hidden, weight.detach(), rows, chosen, _cut(counts, hidden.device.type), softcap, logit_scale,
+        losses,
+    )  # fmt: skip
+    finite = losses.isfinite()
+    fixed = torch.where(finite, losses, 0.0).double().mul_(1.0 / LOSS_UNIT).round_().long()
+    units = torch.zeros(len(spans), dtype=torch.int64, device=rows.device)
+    units.index_add_(0, owner, fixed)
+    broken = torch.zeros_like(units).index_add_(0, owner, (~finite).long()) > 0
+    total = units.sum().double() * LOSS_UNIT
+    total = torch.where(broken.any(), float("nan"), total)
+    if record is not None:
+        record.units = int(units.sum())
+        record.documents = torch.where(broken, float("nan"), units.double() * LOSS_UNIT)
+        record.supervised = tuple(counts)
+    return carrier + total, rows.shape[0]

@@ -1,0 +1,336 @@
+"""The training loop, from top to bottom.
+
+A global batch of sequences is cut into micro-batches; each is one forward over one stream of tokens; the
+gradients of all of them go into exact integer sums; one AdamW step divides once by the supervised tokens.
+How the batch is cut therefore cannot change a byte of the adapter, and the loop may cut as memory allows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from math import fsum
+
+import torch
+from torch import nn
+
+from fastlora import blocks, checkpoint, guards, packing, rundir, stream
+from fastlora.adapter import save_adapter
+from fastlora.config import LoraConfig
+from fastlora.coverage import coverage, coverage_lines
+from fastlora.data import Row, read_rows
+from fastlora.digest import adapter_tensors, digest, fingerprint
+from fastlora.errors import InputError, TrainingError
+from fastlora.evaluate import Evaluation, evaluate
+from fastlora.exact import exact
+from fastlora.inject import inject, injection
+from fastlora.interrupt import Interrupt
+from fastlora.invariant import make_invariant
+from fastlora.log import Progress, RunLog, TensorBoard, memory_in_use, require_tensorboard
+from fastlora.memory import first_limit, halved, is_out_of_memory
+from fastlora.optim import AdamW
+from fastlora.report import snapshot
+from fastlora.runreport import TrainResult, draw, finish
+from fastlora.selfcheck import exactness_line
+from fastlora.setup import Objective, device_line, longest_row
+from fastlora.train_config import DECIDES_BYTES, TrainConfig, learning_rates, total_steps
+
+
+class Trainer:
+    """Trains the LoRA adapter of ``model`` and writes the output folder.
+
+    Args:
+        model: a transformers causal language model on its device; gets adapters by ``lora`` if it has none.
+        tokenizer: its tokenizer. config: the run's settings. lora: default ``LoraConfig()``.
+        console: a ``rich.console.Console``; default standard output. Quiet with ``Console(quiet=True)``.
+        float_sums: control experiment: ordinary fp32 gradients instead of exact sums; the result then
+            depends on the cut.
+
+    Raises:
+        InputError: anything found wrong before the first step; nothing has been written then.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, config: TrainConfig, lora: LoraConfig | None = None, *,
+                 console=None, float_sums: bool = False) -> None:
+        if console is None:
+            from rich.console import Console
+
+            console = Console(highlight=False, soft_wrap=True)
+        self.model, self.tokenizer, self.config, self.console = model, tokenizer, config, console
+        self.float_sums = float_sums
+        if injection(model) is None:
+            inject(model, lora or LoraConfig(), seed=config.seed)
+        elif lora is not None:
+            raise InputError("lora: the model has adapters already; leave lora out, or eject(model) first")
+        self.device = next(model.parameters()).device
+        self.alignment = stream.alignment_for(self.device.type)
+        self.done = 0
+        self.losses: list[tuple[int, float]] = []
+        self.held_out: list[tuple[int, float, float]] = []
+        self.before: Evaluation | None = None
+        self.after: Evaluation | None = None
+
+    def train(self) -> TrainResult:
+        """Run all steps (or those left), write the files, and return what came out.
+
+        Raises:
+            InputError: bad input; nothing was written.
+            TrainingError: the run had to stop; the last good adapter and checkpoint stand on disk.
+        """
+        with contextlib.ExitStack() as stack:
+            self._prepare(stack)
+            self._open(stack)
+            with Interrupt() as stop, Progress(self.console, self.total, self.done) as self.progress:
+                if self.evaluation_rows and self.before is None:
+                    self._evaluate()
+                while self.done < self.total and stop.signal is None:
+                    self._advance()
+            self._save()
+            result = finish(self, stop.signal)
+        return result
+
+    # Before the first step -----------------------------------------------------------------------------
+
+    def _prepare(self, stack: contextlib.ExitStack) -> None:
+        """Everything that can be refused. Writes nothing."""
+        config, model, say = self.config, self.model, self._say
+        rundir.check(config)
+        if config.tensorboard:
+            require_tensorboard()
+        limits = {"max_length": longest_row(model, config.max_length), "on_bad_row": config.on_bad_row,
+                  "on_long_row": config.on_long_row}
+        self.data = read_rows(config.data, self.tokenizer, **limits)
+        self.evaluation_data = config.eval_data and read_rows(config.eval_data, self.tokenizer, **limits)
+        self.rows: Sequence[Row] = self.data.rows
+        self.evaluation_rows: Sequence[Row] = self.evaluation_data.rows if self.evaluation_data else ()
+        guards.check_rows(self.data)
+        guards.check_tokens(model, self.rows, self.evaluation_rows)
+        guards.check_update_size(model, config.learning_rate)
+        self.total = total_steps(config, len(self.rows))
+        self.rates = learning_rates(config, self.total)
+        self.limit = first_limit(config, self.device, [*self.rows, *self.evaluation_rows], self.alignment)
+        say(f"batch: {config.batch_size} sequences per optimiser step, {self.total} steps; cut into "
+            f"micro-batches of at most {self.limit} padded tokens, which does not change the result")
+        fill = packing.fill_ratio(map(len, self.rows), self.alignment)
+        say(f"data: {self.data.summary()}; fill {fill:.2f} when padded to {self.alignment}")
+        if self.evaluation_data:
+            say(f"held out: {self.evaluation_data.summary()}")
+        coverage(model, strict=config.strict)
+        for line in coverage_lines(model):
+            say(f"coverage: {line}")
+        say(device_line(model, self.device))
+
+        invariant = make_invariant(model)
+        stack.callback(invariant.undo)
+        model.train()
+        self.objective = Objective(model)
+        first = self.batch_of(1)
+        ids = packing.sample_ids(first)
+        guards.check_batch(packing.collate(first, ids, self.alignment))
+        with self._one_thread():
+            guards.check_reached(self.objective, first, self.alignment, self.device)
+            not_exact = [*invariant.not_exact, *self.objective.not_exact()]
+            self.exactness = exactness_line(self, first, ids, not_exact)
+        say(self.exactness)
+        self.start = snapshot(model)
+        self.optimizer = AdamW(
+            model, config.learning_rate, weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm or None, gradient_scale=config.gradient_scale,
+        )
+        self._resume()
+
+    def _resume(self) -> None:
+        """What the run is made of, and under ``resume`` its last checkpoint."""
+        lora = injection(self.model).config.to_peft()
+        lora.pop("base_model_name_or_path", None)
+        keys = b"".join(row.key.to_bytes(8, "little") for row in self.rows)
+        parts = {name: getattr(self.config, name) for name in DECIDES_BYTES}
+        parts |= {"steps": self.total, "lora": lora, "device": self.device.type,
+                  "dtype": str(next(self.model.parameters()).dtype), "model": self.start.frozen,
+                  "data": hashlib.md5(keys, usedforsecurity=False).hexdigest(),
+                  "adapter at the start": digest(self.start.tensors)}
+        self.identity = json.loads(json.dumps(parts))
+        self.checkpoints = self.config.folder / rundir.CHECKPOINTS
+        found = checkpoint.latest(self.checkpoints) if self.config.resume else None
+        if found is None:
+            if self.config.resume:
+                self._say("resume: no checkpoint yet, beginning with step 1")
+            return
+        checkpoint.check_identity(found.identity, self.identity)
+        checkpoint.restore(found, self.model, self.optimizer)
+        self.done = found.step
+        self.held_out = [tuple(point) for point in found.extra["held_out"]]
+        if found.extra["before"]:
+            self.before = Evaluation(*map(tuple, found.extra["before"]))
+            self.after = Evaluation(*map(tuple, found.extra["after"]))
+        was, now = found.extra["versions"], rundir.versions()
+        changed = [f"{n} {was.get(n)} -> {now[n]}" for n in now if was.get(n) != now[n]]
+        for note in (*found.notes, f"resume: after step {self.done} of {self.total}"):
+            self._say(note)
+        if changed:
+            self._say("resume: the same bytes are promised for the same versions only; changed: "
+                      + ", ".join(changed))
+
+    def _open(self, stack: contextlib.ExitStack) -> None:
+        """The first files."""
+        self.folder = rundir.open_folder(self.config)
+        lora = injection(self.model).config.to_peft()
+        rundir.write_run(self.folder, {
+            "train": self.config.as_dict(), "lora": lora,
+            "data": {"format": self.data.format, **self.data.counts},
+            "versions": rundir.versions(),
+        })
+        self.log = RunLog(self.folder / rundir.LOG)
+        self.records = self.log.keep(self.done)
+        self.losses = [(record["step"], record["loss"]) for record in self.records]
+        self.board = TensorBoard(self.folder / rundir.BOARD) if self.config.tensorboard else None
+        if self.board:
+            stack.callback(self.board.close)
+
+    # One step ------------------------------------------------------------------------------------------
+
+    def batch_of(self, step: int) -> list[Row]:
+        """The rows of a step's global batch, counted from 1: epochs one after the other, the last batch of
+        each shorter if the rows do not divide."""
+        size, n = self.config.batch_size, len(self.rows)
+        epoch, place = divmod(step - 1, -(-n // size))
+        order = packing.epoch_order(n, self.config.seed, epoch, self.config.shuffle)
+        return [self.rows[i] for i in order[place * size : (place + 1) * size]]
+
+    def sums(self, rows: Sequence[Row], ids: Sequence[int], cuts: list[list[int]], step: int,
+             ) -> tuple[list[float], list[dict]]:
+        """Forward and backward of a global batch, cut into ``cuts``; the gradients' sums stay pending.
+
+        Returns:
+            The loss of each row, and what the log says of each micro-batch.
+        """
+        ran, losses = [], [0.0] * len(rows)
+        with contextlib.nullcontext() if self.float_sums else exact(self.model):
+            for cut in cuts:
+                batch = packing.collate([rows[i] for i in cut], [ids[i] for i in cut], self.alignment,
+                                        self.device, self.config.seed, step)
+                with stream.use(batch.stream):
+                    loss = self.objective(batch)
+                    (loss.total * self.config.gradient_scale).backward()
+                ran.append((cut, batch, loss.documents))
+            # Looked at after the last backward was launched: reading a loss waits for the GPU.
+            for cut, batch, documents in ran:
+                values = guards.finite_or_raise(documents, batch.lines, step, self.objective, batch)
+                for index, value in zip(cut, values, strict=True):
+                    losses[index] = value
+        return losses, [
+            {"sample_ids": [f"{i:016x}" for i in batch.stream.sample_ids], "lines": list(batch.lines),
+             "tokens": sum(batch.stream.lengths), "padded_tokens": batch.stream.total,
+             "supervised_tokens": batch.supervised} for _, batch, _ in ran
+        ]
+
+    def _advance(self) -> None:
+        """One optimiser step, its log line, and what is due after it."""
+        step, config, started = self.done + 1, self.config, time.perf_counter()
+        rows = self.batch_of(step)
+        ids = packing.sample_ids(rows)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rates[step - 1]
+        supervised = sum(row.supervised for row in rows)
+        try:
+            with self._one_thread():
+                losses, micro_batches = self.in_memory(rows, lambda cuts: self.sums(rows, ids, cuts, step))
+                update = self._update(rows, supervised, step)
+        except TrainingError:
+            # The parameters are those of the step before: what stopped this one, they are kept.
+            if self.done and guards.adapter_is_finite(self.model):
+                self._save()
+            raise
+        self.done = step
+        loss = fsum(losses) / supervised
+        self.losses.append((step, loss))
+        tokens, padded = (sum(m[k] for m in micro_batches) for k in ("tokens", "padded_tokens"))
+        seconds = time.perf_counter() - started
+        record = {
+            "step": step, "epoch": (step - 1) // -(-len(self.rows) // config.batch_size) + 1, "loss": loss,
+            "learning_rate": self.rates[step - 1], "grad_norm": update.grad_norm, "clipped": update.clipped,
+            "supervised_tokens": supervised, "tokens": tokens, "padded_tokens": padded,
+            "tokens_per_second": tokens / seconds, "seconds": seconds,
+            "fingerprint": fingerprint(adapter_tensors(self.model)), "micro_batches": micro_batches,
+        }
+        memory = memory_in_use(self.device)
+        self.progress.step(step, loss, self.rates[step - 1], tokens, padded, memory)
+        every = config.eval_every or max(1, self.total // 4)
+        if self.evaluation_rows and (step % every == 0 or step == self.total):
+            self._evaluate()
+            record["eval_loss"] = self.held_out[-1][1]
+        due = config.checkpoint_every and step % config.checkpoint_every == 0 and step < self.total
+        if due or (config.digest_every and step % config.digest_every == 0) or step == self.total:
+            record["digest"] = digest(self.model)
+        self.log.append(record)
+        self.records.append(record)
+        if self.board:
+            self.board.step(record)
+        if due:
+            self._save()
+
+    def _update(self, rows: Sequence[Row], supervised: int, step: int):
+        try:
+            return self.optimizer.step(supervised_tokens=supervised)
+        except TrainingError as error:
+            blame = guards.blame_gradient(self.objective, rows, self.alignment, self.device,
+                                          self.config.seed, step)
+            raise TrainingError(f"step {step}: {blame or error}; no parameter was changed") from error
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def in_memory(self, rows: Sequence[Row], run):
+        """``run(cuts)``, with the micro-batches halved and everything repeated as often as memory runs out.
+
+        The sums of an unfinished step are zeroed when it ends by an error, so the bytes are those of a run
+        that never ran out.
+        """
+        while True:
+            longest = max(packing.padded_length(len(row), self.alignment) for row in rows)
+            cuts = packing.plan(rows, max(self.limit, longest), self.alignment)
+            try:
+                return run(cuts)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                shortage = str(error).splitlines()[0]
+            # Outside the except block: the error held every activation of the failed step.
+            self.optimizer.zero_grad(set_to_none=True)
+            self.limit = halved(rows, cuts, self.alignment, shortage)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._say(f"out of memory at step {self.done + 1}: repeating it with micro-batches of at most "
+                      f"{self.limit} padded tokens; the result is the same")
+
+    # Between steps -------------------------------------------------------------------------------------
+
+    def _evaluate(self) -> None:
+        found = self.in_memory(self.evaluation_rows, lambda cuts: evaluate(
+            self.objective, self.evaluation_rows, cuts, self.alignment, self.device))
+        self.held_out.append((self.done, found.loss, found.standard_error))
+        self.before, self.after = self.before or found, found
+        self.progress.restart_clock()
+        self._say(f"held-out loss after step {self.done}: {found.loss:.4f} ± {found.standard_error:.4f}")
+
+    def _save(self) -> None:
+        """Checkpoint, adapter and picture as they are now."""
+        plain = {name: value and [list(value.losses), list(value.tokens)]
+                 for name, value in (("before", self.before), ("after", self.after))}
+        extra = {"held_out": self.held_out, **plain, "versions": rundir.versions()}
+        checkpoint.save(self.checkpoints, self.done, self.model, self.optimizer, self.identity, extra,
+                        self.config.keep_checkpoints)
+        try:
+            save_adapter(self.model, self.folder, self.config.save_dtype)
+        except OSError as error:
+            raise TrainingError(f"{self.folder}: the adapter could not be written ({error}); the old file is "
+                                "whole") from error
+        draw(self)
+
+    def _one_thread(self):
+        return blocks.single_thread() if self.device.type == "cpu" else contextlib.nullcontext()
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False)
