@@ -8,7 +8,7 @@ import torch
 
 from fastlora.data import Row
 from fastlora.errors import InputError, TrainingError
-from fastlora.packing import padded_length
+from fastlora.packing import padded_length, plan
 from fastlora.train_config import TrainConfig
 
 # "auto" starts here, padded tokens. On CPU a micro-batch much larger than the caches wins nothing, and every
@@ -45,19 +45,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def cuts_within(rows: Sequence[Row], limit: int, alignment: int) -> list[list[int]]:
+    """Micro-batches of at most ``limit`` padded tokens; a row longer than that (only after memory ran out) goes alone."""
+    long = [i for i, row in enumerate(rows) if padded_length(len(row), alignment) > limit]
+    short = [i for i in range(len(rows)) if i not in long]
+    packed = plan([rows[i] for i in short], limit, alignment)
+    return [[i] for i in long] + [[short[i] for i in cut] for cut in packed]
+
+
 def halved(rows: Sequence[Row], cuts: list[list[int]], alignment: int, shortage: str) -> int:
-    """The next smaller limit: half of the largest micro-batch that was tried, but room for the longest row.
+    """The next smaller limit: half of the largest micro-batch that held more than one sequence.
 
     Raises:
-        TrainingError: that largest micro-batch was a single sequence; nothing smaller is left.
+        TrainingError: every micro-batch was a single sequence; nothing smaller is left.
     """
-    def padded(cut: list[int]) -> int:
-        return sum(padded_length(len(rows[i]), alignment) for i in cut)
-
-    largest = max(cuts, key=padded)
-    if max(map(len, cuts)) == 1:
+    shared = [sum(padded_length(len(rows[i]), alignment) for i in cut) for cut in cuts if len(cut) > 1]
+    if not shared:
         row = max(rows, key=len)
         raise TrainingError(f"out of memory with one sequence at a time (line {row.line}, {len(row)} "
                             f"tokens): {shortage}; lower --max-length or take a smaller model")
-    longest = max(padded_length(len(row), alignment) for row in rows)
-    return max(longest, padded(largest) // 2 // alignment * alignment)
+    return max(alignment, max(shared) // 2 // alignment * alignment)

@@ -30,7 +30,7 @@ from fastlora.inject import inject, injection
 from fastlora.interrupt import Interrupt
 from fastlora.invariant import make_invariant
 from fastlora.log import Progress, RunLog, TensorBoard, memory_in_use, require_tensorboard
-from fastlora.memory import first_limit, halved, is_out_of_memory
+from fastlora.memory import cuts_within, first_limit, halved, is_out_of_memory
 from fastlora.optim import AdamW
 from fastlora.report import snapshot
 from fastlora.runreport import TrainResult, draw, finish
@@ -289,8 +289,7 @@ class Trainer:
         that never ran out.
         """
         while True:
-            longest = max(packing.padded_length(len(row), self.alignment) for row in rows)
-            cuts = packing.plan(rows, max(self.limit, longest), self.alignment)
+            cuts = cuts_within(rows, self.limit, self.alignment)
             try:
                 return run(cuts)
             except (MemoryError, RuntimeError) as error:
