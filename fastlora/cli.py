@@ -27,11 +27,12 @@ def demo(
     model: Annotated[str | None, typer.Option("--model", help="A model of your own instead.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimiser steps.")] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cuda or cpu.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo in that folder.")] = False,
 ) -> None:
     """Train SmolLM2-135M on the docstrings of this Python's standard library, and prove what changed."""
     from fastlora.demo import run_demo
 
-    run_demo(output, model=model, steps=steps, device=device)
+    run_demo(output, model=model, steps=steps, device=device, overwrite=overwrite)
 
 
 @app.command()

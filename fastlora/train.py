@@ -73,8 +73,11 @@ class Trainer:
         self.before: Evaluation | None = None
         self.after: Evaluation | None = None
 
-    def train(self) -> TrainResult:
+    def train(self, stop_after: int | None = None) -> TrainResult:
         """Run all steps (or those left), write the files, and return what came out.
+
+        Args:
+            stop_after: end as an interrupt would once this many steps are done; ``resume`` goes on from there.
 
         Raises:
             InputError: bad input; nothing was written.
@@ -86,7 +89,8 @@ class Trainer:
             with Interrupt() as stop, Progress(self.console, self.total, self.done) as self.progress:
                 if self.evaluation_rows and self.before is None:
                     self._evaluate()
-                while self.done < self.total and stop.signal is None:
+                last = self.total if stop_after is None else min(stop_after, self.total)
+                while self.done < last and stop.signal is None:
                     self._advance()
             self._save()
             result = finish(self, stop.signal)

@@ -2,16 +2,17 @@
 
     Y = x W^T + bias      dX = dY W      (no gradient for W and bias)
 
-On CPU each fixed tile of rows is one product on one thread; on CUDA it is torch's own linear.
+On CPU each fixed tile of rows is one product on one thread; on CUDA it is the LoRA linear's own GEMM
+at rank 0, whose rows do not depend on their number.
 """
 
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 
 from fastlora import stream
 from fastlora.errors import InputError
+from fastlora.ops import backend
 from fastlora.ops.reference import aligned, over_tiles
 
 
@@ -49,6 +50,22 @@ class _FrozenLinear(torch.autograd.Function):
         return _product(aligned(dy), aligned(weight), None), None, None
 
 
+class _FrozenLinearTriton(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        from fastlora.ops import triton_path  # imported on first use: triton is absent on macOS and Windows
+
+        ctx.save_for_backward(weight)
+        return triton_path.frozen_forward(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        from fastlora.ops import triton_path
+
+        return triton_path.frozen_backward(dy, ctx.saved_tensors[0]), None, None
+
+
 def frozen_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -61,7 +78,6 @@ def frozen_linear(
         raise InputError("weight, bias: requires_grad is True; frozen_linear needs frozen ones")
     if weight.dtype != x.dtype:
         raise InputError(f"weight: {weight.dtype} for x of {x.dtype}; they must be the same")
-    if x.device.type != "cpu":
-        return functional.linear(x, weight, bias)
-    y = _FrozenLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+    function = _FrozenLinearTriton if backend.pick(x) == "triton" else _FrozenLinear
+    y = function.apply(x.reshape(-1, x.shape[-1]), weight, bias)
     return y.reshape(*x.shape[:-1], weight.shape[0])

@@ -21,6 +21,7 @@ import torch
 
 from fastlora import blocks, stream
 from fastlora.errors import InputError
+from fastlora.ops import backend
 
 IGNORED = -100
 LOSS_UNIT = 2.0**-40
@@ -77,7 +78,9 @@ def _vocabulary(size: int) -> tuple[slice, ...]:
 
 
 def _tile(h, weight, labels, softcap, logit_scale, want_grad):
-    """(row losses fp32 [n], gradient fp32 [n, H] or None) of one tile."""
+    """(row losses fp32 [n], gradient [n, H] or None) of one tile."""
+    if backend.pick(h) == "triton":
+        return _tile_triton(h, weight, labels, softcap, logit_scale, want_grad)
     h32 = h.float()
     z = h32.new_empty(h.shape[0], weight.shape[0])
     for part in _vocabulary(weight.shape[0]):
@@ -107,6 +110,16 @@ def _tile(h, weight, labels, softcap, logit_scale, want_grad):
     return losses, grad
 
 
+def _tile_triton(h, weight, labels, softcap, logit_scale, want_grad):
+    """The same by Triton kernels, whose rows do not depend on their number: logits in h's dtype, the gradient in their place."""
+    from fastlora.kernels.cross_entropy import cross_entropy_
+    from fastlora.kernels.gemm import gemm
+
+    logits = gemm(h, weight, transposed=True)
+    losses = cross_entropy_(logits, labels, softcap=softcap, logit_scale=logit_scale, gradient=want_grad)
+    return losses, gemm(logits, weight, transposed=False) if want_grad else None
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, rows, labels, tiles, softcap, logit_scale, losses):
@@ -125,7 +138,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if want_grad:
                 grad[part] = g
 
-        if hidden.device.type == "cpu":
+        if hidden.device.type == "cpu" and backend.pick(hidden) != "triton":
             blocks.run(tile, tiles)
         else:
             for item in tiles:

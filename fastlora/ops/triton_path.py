@@ -73,3 +73,14 @@ def backward_triton(
     dx = gemm(dy, weight, ds, padded_a(a, x.dtype), transposed=False, dropout=drop) if needs_dx else None
     da, _ = token_sum(x, ds, rank, feature_major=False, exact=sums_a, dropout=drop)
     return dx, da, db
+
+
+def frozen_forward(x, weight, bias=None):
+    """Y = x W^T + bias, [M, N]: the same GEMM without a rank-r product."""
+    bias = None if bias is None else kernel_ready(bias)
+    return gemm(kernel_ready(x), kernel_ready(weight), bias=bias, transposed=True)
+
+
+def frozen_backward(dy, weight):
+    """dX = dY W, [M, K]."""
+    return gemm(kernel_ready(dy), kernel_ready(weight), transposed=False)
