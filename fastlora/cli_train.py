@@ -97,14 +97,13 @@ def run(given: dict, lora_given: dict, console=None):
     Raises:
         InputError, TrainingError: see :class:`fastlora.train.Trainer`.
     """
+    from fastlora import rundir
     from fastlora.config import LoraConfig
     from fastlora.train_config import TrainConfig
 
     stored: dict = {}
     if given.get("resume") and given.get("output"):
-        from fastlora import rundir
-
-        stored = rundir.read_run(given["output"])
+        stored = rundir.stored_run(given["output"])
     known = {field.name for field in dataclasses.fields(TrainConfig)} - {"resume", "overwrite"}
     settings = {k: v for k, v in stored.get("train", {}).items() if k in known}
     if {"steps", "epochs"} & given.keys():

@@ -39,8 +39,8 @@ def check(config: TrainConfig) -> None:
     existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"output = {config.output!r}: {existing} cannot be written")
-    if config.resume and not (folder / RUN).is_file():
-        raise InputError(f"resume: no run to go on with in output = {config.output!r} (no {RUN} there)")
+    if config.resume:
+        stored_run(folder)
     if holds_run(folder) and not (config.resume or config.overwrite):
         raise InputError(f"output = {config.output!r}: the folder holds another run; allowed are --resume to "
                          "go on with it, --overwrite to replace it, or another folder")
@@ -93,6 +93,17 @@ def read_run(folder: str | os.PathLike) -> dict[str, dict]:
             return tomllib.load(file)
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"output = {os.fspath(folder)!r}: its {RUN} cannot be read ({error})") from error
+
+
+def stored_run(folder: str | os.PathLike) -> dict[str, dict]:
+    """:func:`read_run` for ``--resume``.
+
+    Raises:
+        InputError: no run in ``folder``, or a ``run.toml`` that cannot be read.
+    """
+    if not (pathlib.Path(folder) / RUN).is_file():
+        raise InputError(f"resume: no run to go on with in output = {os.fspath(folder)!r} (no {RUN} there)")
+    return read_run(folder)
 
 
 def how_to_go_on(config: TrainConfig) -> str:

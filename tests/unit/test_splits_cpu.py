@@ -8,9 +8,9 @@ import random
 
 import pytest
 import torch
+from tiny_run import train, write_rows
 
 from fastlora.blocks import single_thread
-from tiny_run import train, write_rows
 
 # Padded tokens: the longest row alone, about two, five, all rows of a batch in one forward.
 CUTS = (160, 192, 320, 4096)

@@ -12,9 +12,9 @@ from rich.console import Console
 from fastlora.config import LoraConfig
 from fastlora.train import Trainer
 from fastlora.train_config import TrainConfig
-from tiny_tokenizer import make_tokenizer
+from tests.unit.tiny_tokenizer import make_tokenizer
 
-WORDS = "user assistant system the answer is one two three hello world".split()
+WORDS = ["user", "assistant", "system", "the", "answer", "is", "one", "two", "three", "hello", "world"]
 
 
 def tiny_model(seed: int = 0, layers: int = 2):

@@ -1,0 +1,201 @@
+"""The command line: what bad input does, and a whole run from flags."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from tiny_run import save_model, write_rows
+
+from fastlora import cli
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def run(capsys, *arguments):
+    """(exit code, standard output, standard error) of one command in this process."""
+    with pytest.raises(SystemExit) as left:
+        cli.main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return left.value.code or 0, out, err
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+BAD = {
+    "missing model": (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
+    "typing error in a folder": (["--model", "{tmp}/modle"], "modle"),
+    "empty model folder": (["--model", "{tmp}/empty"], "config.json"),
+    "rank 0": (["--rank", "0"], "0"),
+    "alpha 0": (["--lora-alpha", "0"], "alpha"),
+    "negative alpha": (["--lora-alpha", "-1"], "alpha"),
+    "dropout 1": (["--lora-dropout", "1"], "dropout"),
+    "unknown target": (["--target-modules", "q_porj"], "q_proj"),
+    "bad dtype": (["--dtype", "int8"], "dtype"),
+    "bad scheduler": (["--lr-scheduler", "linera"], "lr_scheduler"),
+    "bad tokens": (["--micro-batch-tokens", "many"], "micro_batch_tokens"),
+    "two lengths": (["--steps", "1", "--epochs", "1"], "steps"),
+    "two batches": (["--batch-size", "4", "--micro-batch-size", "3"], "batch_size"),
+    "no row": (["--data", "{tmp}/empty.jsonl"], "no usable row"),
+    "missing data": (["--data", "{tmp}/absent.jsonl"], "absent.jsonl"),
+    "broken row": (["--data", "{tmp}/broken.jsonl"], "line 2"),
+    "too long": (["--max-length", "20"], "--on-long-row"),
+    "more than the model has": (["--max-length", "100000"], "max_length"),
+    "resume of nothing": (["--resume"], "resume"),
+    "bad flag": (["--bogus"], "--bogus"),
+    "no number": (["--steps", "three"], "--steps"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_train_bad_input_exits_2_with_the_message_last_and_writes_nothing(case, model, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.jsonl").write_text('{"text": "one two three"}\n{"text": \n')
+    data = write_rows(tmp_path / "rows.jsonl")
+    before = files(tmp_path)
+    extra, expected = BAD[case]
+    extra = [a.replace("{tmp}", str(tmp_path)) for a in extra]
+    code, out, err = run(capsys, "train", "--model", model, "--data", data, "--output", tmp_path / "out", *extra)
+    assert code == 2
+    last = err.strip().splitlines()[-1]
+    assert expected in last
+    assert "Traceback" not in err and "╭" not in err + out
+    assert files(tmp_path) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_missing_flags_are_named(capsys):
+    code, _, err = run(capsys, "train", "--output", "x")
+    assert code == 2 and err.strip().splitlines()[-1] == "error: model: missing; give --model"
+
+
+def test_train_refuses_pickled_weights(model, tmp_path, capsys):
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file
+
+    folder = shutil.copytree(model, tmp_path / "pickled")
+    weights = folder / "model.safetensors"
+    torch.save(load_file(weights), folder / "pytorch_model.bin")
+    weights.unlink()
+    data = write_rows(tmp_path / "rows.jsonl")
+    code, _, err = run(capsys, "train", "--model", folder, "--data", data, "--output", tmp_path / "out")
+    assert code == 2 and "safetensors" in err.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_runs_no_code_from_a_model_folder(model, tmp_path, capsys):
+    import shutil
+
+    folder = shutil.copytree(model, tmp_path / "remote")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "planted", "auto_map": {"AutoConfig": "planted.C", "AutoModelForCausalLM": "planted.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "planted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    data = write_rows(tmp_path / "rows.jsonl")
+    code, _, err = run(capsys, "train", "--model", folder, "--data", data, "--output", tmp_path / "out")
+    assert code == 2 and "--trust-remote-code" in err.strip().splitlines()[-1]
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
+
+
+def test_train_refuses_a_model_with_missing_weights(model, tmp_path, capsys):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(model, tmp_path / "partial")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    data = write_rows(tmp_path / "rows.jsonl")
+    code, _, err = run(capsys, "train", "--model", folder, "--data", data, "--output", tmp_path / "out")
+    assert code == 2 and "layers.0.mlp.up_proj.weight" in err.strip().splitlines()[-1]
+
+
+def test_train_report_and_merge_from_flags(model, tmp_path, capsys):
+    data = write_rows(tmp_path / "rows.jsonl")
+    common = ["train", "--model", model, "--data", data, "--steps", 2, "--batch-size", 4, "--rank", 2]
+    for name, extra in (("a", []), ("b", ["--micro-batch-tokens", 160]), ("c", ["--learning-rate", 1e-3])):
+        code, out, _ = run(capsys, *common, "--output", tmp_path / name, *extra)
+        assert code == 0 and "sequences per optimiser step" in out
+    md5 = {n: hashlib.md5((tmp_path / n / "adapter_model.safetensors").read_bytes()).hexdigest() for n in "abc"}
+    assert md5["a"] == md5["b"] != md5["c"]
+
+    code, out, _ = run(capsys, "report", tmp_path / "a", tmp_path / "b", "--json")
+    assert code == 0 and all(row["equal"] for row in json.loads(out)["tensors"])
+    code, out, _ = run(capsys, "report", tmp_path / "a", tmp_path / "c")
+    assert code == 0 and "digests" in out
+
+    merge = ["merge", "--model", model, "--adapter", tmp_path / "a", "--output", tmp_path / "merged"]
+    code, out, _ = run(capsys, *merge)
+    assert code == 0
+    code, _, err = run(capsys, *merge)
+    assert code == 2 and "holds files" in err
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not [n for n, _ in merged.named_parameters() if "lora" in n]
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token == "<|end|>"
+
+
+def test_train_resume_needs_the_output_folder_alone(model, tmp_path, capsys):
+    data = write_rows(tmp_path / "rows.jsonl")
+    common = ["train", "--model", model, "--data", data, "--steps", 4, "--batch-size", 4, "--rank", 2,
+              "--checkpoint-every", 1, "--lora-dropout", 0.1, "--learning-rate", 1e-2]
+    run(capsys, *common, "--output", tmp_path / "whole")
+    code, out, _ = run(capsys, *common, "--output", tmp_path / "a")
+    expected = (tmp_path / "a" / "adapter_model.safetensors").read_bytes()
+    import shutil
+
+    shutil.rmtree(tmp_path / "a" / "checkpoints" / "step-00000004")
+    (tmp_path / "a" / "adapter_model.safetensors").unlink()
+    code, out, _ = run(capsys, "train", "--output", tmp_path / "a", "--resume", "--micro-batch-tokens", 160)
+    assert code == 0 and "after step 3 of 4" in out
+    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == expected
+
+
+def test_no_model_is_fetched_unless_its_name_asks_for_it(tmp_path, monkeypatch):
+    from fastlora.errors import InputError
+    from fastlora.setup import find_model
+
+    monkeypatch.chdir(tmp_path)
+    assert find_model("owner/name", None) == ("owner/name", None, True)
+    (tmp_path / "owner").mkdir()
+    for name in ("owner/name", "name", "./name", "/owner/name", "../owner/name", "a/b/c"):
+        with pytest.raises(InputError, match="no such folder"):
+            find_model(name, None)
+
+
+def test_interrupted_command_saves_says_how_to_go_on_and_exits_130(model, tmp_path):
+    """A real Ctrl-C, on a process of its own."""
+    import signal
+    import time
+
+    data = write_rows(tmp_path / "rows.jsonl")
+    command = [sys.executable, "-m", "fastlora", "train", "--model", str(model), "--data", str(data), "--output",
+               str(tmp_path / "a"), "--steps", "100000", "--batch-size", "4", "--rank", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    log = tmp_path / "a" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "go on with: fastlora train --output" in out and "--resume" in out
+    done = json.loads((tmp_path / "a" / "report.json").read_text())["steps"]
+    assert done == log.read_text().count("\n") >= 2
+    assert (tmp_path / "a" / "adapter_model.safetensors").is_file()
