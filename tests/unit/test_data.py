@@ -6,10 +6,10 @@ import json
 
 import numpy as np
 import pytest
-from tiny_tokenizer import PLAIN_TEMPLATE, make_tokenizer
 
 from fastlora import data, encode
 from fastlora.errors import InputError
+from tests.unit.tiny_tokenizer import PLAIN_TEMPLATE, make_tokenizer
 
 PAIR = {"prompt": "one two ", "completion": "three"}
 CHAT = {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]}

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import pytest
-from tiny_tokenizer import FORGETFUL_TEMPLATE, MARKED_TEMPLATE, PLAIN_TEMPLATE, make_tokenizer
 
 from fastlora import template
 from fastlora.encode import RowError
 from fastlora.errors import InputError
+from tests.unit.tiny_tokenizer import (
+    FORGETFUL_TEMPLATE,
+    MARKED_TEMPLATE,
+    PLAIN_TEMPLATE,
+    make_tokenizer,
+)
 
 
 def chat(*turns: str) -> list[dict]:
