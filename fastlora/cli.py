@@ -57,6 +57,59 @@ def report(
 
 
 @app.command()
+def data(
+    file: Annotated[str, typer.Argument(help="JSONL file.")],
+    model: Model,
+    gguf_file: Gguf = None,
+    line: Annotated[list[int] | None, typer.Option("--line", help="Line to show; may be repeated.")] = None,
+    count: Annotated[int, typer.Option("--count", help="Rows to show where no --line is given.")] = 1,
+    max_length: Annotated[int | None, typer.Option("--max-length", help="Longest row in tokens.")] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Show rows as the model sees them, supervised tokens coloured, and what is wrong with the file."""
+    from fastlora.setup import load_tokenizer
+    from fastlora.show import show_rows
+
+    tokenizer = load_tokenizer(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+    show_rows(file, tokenizer, max_length=max_length, lines=line, count=count, console=_console())
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", help="Text, or under the format messages one user turn.")],
+    adapter: Annotated[str | None, typer.Option("--adapter", help="Folder of the adapter; none: the base model.")]
+    = None,
+    gguf_file: Gguf = None,
+    format: Annotated[str | None, typer.Option("--format", help="messages, prompt-completion or text. [what the "
+                                               "adapter was trained on]")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Most tokens to write.")] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
+    device: Annotated[str, typer.Option("--device", help="auto, cuda or cpu.")] = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Continue a prompt with the model, in the format its adapter was trained on."""
+    from fastlora import generate as generating
+    from fastlora import setup
+    from fastlora.adapter import load_adapter
+
+    format = format or (generating.stored_format(adapter) if adapter else None)
+    place, _ = setup.choose_device(device)
+    files = {"gguf_file": gguf_file, "trust_remote_code": trust_remote_code}
+    tokenizer = setup.load_tokenizer(model, **files)
+    network = setup.load_model(model, dtype=setup.choose_dtype(dtype, place), device=place, **files)
+    if adapter:
+        load_adapter(network, adapter)
+    generating.generate(
+        network, tokenizer, prompt, format=format, max_new_tokens=max_new_tokens, temperature=temperature,
+        seed=seed, stream=lambda text: typer.echo(text, nl=False),
+    )
+    typer.echo()
+
+
+@app.command()
 def merge(
     model: Model,
     adapter: Annotated[str, typer.Option("--adapter", help="Folder of the adapter.")],

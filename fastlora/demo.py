@@ -57,7 +57,7 @@ def run_demo(output: str, *, model: str | None = None, steps: int | None = None,
     place, note = choose_device(device)
     if note:
         say(note)
-    source = model or demo_model.demo_model(say=say)[0]
+    source = model or str(demo_model.fetch(say=say))
     tokenizer = load_tokenizer(source)
     say("loading the model")
     network = load_model(source, dtype=choose_dtype("auto", place), device=place)

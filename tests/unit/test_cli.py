@@ -123,7 +123,7 @@ def test_train_refuses_a_model_with_missing_weights(model, tmp_path, capsys):
     assert code == 2 and "layers.0.mlp.up_proj.weight" in err.strip().splitlines()[-1]
 
 
-def test_train_report_and_merge_from_flags(model, tmp_path, capsys):
+def test_train_report_generate_data_and_merge_from_flags(model, tmp_path, capsys):
     data = write_rows(tmp_path / "rows.jsonl")
     common = ["train", "--model", model, "--data", data, "--steps", 2, "--batch-size", 4, "--rank", 2]
     for name, extra in (("a", []), ("b", ["--micro-batch-tokens", 160]), ("c", ["--learning-rate", 1e-3])):
@@ -136,6 +136,12 @@ def test_train_report_and_merge_from_flags(model, tmp_path, capsys):
     assert code == 0 and all(row["equal"] for row in json.loads(out)["tensors"])
     code, out, _ = run(capsys, "report", tmp_path / "a", tmp_path / "c")
     assert code == 0 and "digests" in out
+
+    code, out, _ = run(capsys, "generate", "--model", model, "--adapter", tmp_path / "a", "--prompt", "hello",
+                       "--max-new-tokens", 3, "--device", "cpu")
+    assert code == 0 and out.endswith("\n")
+    code, out, _ = run(capsys, "data", data, "--model", model, "--line", 3)
+    assert code == 0 and "line 3" in out and "supervised" in out
 
     merge = ["merge", "--model", model, "--adapter", tmp_path / "a", "--output", tmp_path / "merged"]
     code, out, _ = run(capsys, *merge)
@@ -163,6 +169,23 @@ def test_train_resume_needs_the_output_folder_alone(model, tmp_path, capsys):
     code, out, _ = run(capsys, "train", "--output", tmp_path / "a", "--resume", "--micro-batch-tokens", 160)
     assert code == 0 and "after step 3 of 4" in out
     assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == expected
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (["report", "/nowhere/a", "/nowhere/b"], "/nowhere/a"),
+    (["generate", "--model", "/nowhere", "--prompt", "x"], "/nowhere"),
+    (["generate", "--model", "{model}", "--adapter", "/nowhere/c", "--prompt", "x"], "/nowhere/c"),
+    (["generate", "--model", "{model}", "--prompt", "x", "--format", "chat"], "chat"),
+    (["generate", "--model", "{model}", "--prompt", "x", "--temperature", "-1"], "temperature"),
+    (["data", "/nowhere/d", "--model", "{model}"], "/nowhere/d"),
+    (["merge", "--model", "{model}", "--adapter", "/nowhere/e", "--output", "out"], "/nowhere/e"),
+    (["bogus"], "bogus"),
+])
+def test_other_commands_bad_input_exits_2(arguments, expected, model, capsys):
+    code, out, err = run(capsys, *(str(model) if a == "{model}" else a for a in arguments))
+    assert code == 2
+    assert expected in err.strip().splitlines()[-1]
+    assert "Traceback" not in err
 
 
 def test_no_model_is_fetched_unless_its_name_asks_for_it(tmp_path, monkeypatch):
