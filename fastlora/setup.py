@@ -20,6 +20,7 @@ from torch import nn
 from fastlora.errors import InputError
 from fastlora.families import Head, head_of
 from fastlora.ops.linear_cross_entropy import LossRecord, linear_cross_entropy
+from fastlora.ops.reference import ALIGN_BYTES
 from fastlora.packing import MicroBatch
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -145,7 +146,15 @@ def load_model(
     if missing:
         raise InputError(f"model = {place!r}: {len(missing)} weights are missing from its files "
                          f"({', '.join(missing[:3])}); they would be random")
-    return model.to(device)
+    return _aligned(model.to(device))
+
+
+def _aligned(model: nn.Module) -> nn.Module:
+    """Move weights that begin off a 64-byte line (as those read from GGUF do): the CPU path would copy them at every use."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % ALIGN_BYTES:
+            parameter.data = parameter.data.clone()
+    return model
 
 
 @contextlib.contextmanager
