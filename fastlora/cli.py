@@ -44,13 +44,14 @@ def report(
     """Compare two adapters tensor by tensor."""
     import json
 
+    from fastlora.log import make_console
     from fastlora.report import update_report
 
     found = update_report(before, after)
     if json_output:
         typer.echo(json.dumps(found.as_dict(), indent=2))
         return
-    console = _console()
+    console = make_console()
     console.print(found.table())
     for line in (*found.findings, f"digests: {found.digest_before} before, {found.digest_after} after"):
         console.print(line, highlight=False, markup=False)
@@ -67,11 +68,12 @@ def data(
     trust_remote_code: Trust = False,
 ) -> None:
     """Show rows as the model sees them, supervised tokens coloured, and what is wrong with the file."""
+    from fastlora.log import make_console
     from fastlora.setup import load_tokenizer
     from fastlora.show import show_rows
 
     tokenizer = load_tokenizer(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
-    show_rows(file, tokenizer, max_length=max_length, lines=line, count=count, console=_console())
+    show_rows(file, tokenizer, max_length=max_length, lines=line, count=count, console=make_console())
 
 
 @app.command()
@@ -124,12 +126,6 @@ def merge(
     folder = merge_to_folder(model, adapter, output, gguf_file=gguf_file, dtype=dtype,
                              trust_remote_code=trust_remote_code)
     typer.echo(f"merged model: {folder}")
-
-
-def _console():
-    from rich.console import Console
-
-    return Console(highlight=False, soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

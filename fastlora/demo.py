@@ -18,13 +18,14 @@ from fastlora.evaluate import paired
 from fastlora.files import atomic_write_text
 from fastlora.generate import generate
 from fastlora.inject import eject
+from fastlora.log import make_console
 from fastlora.packing import padded_length
 from fastlora.setup import choose_device, choose_dtype, load_model, load_tokenizer
 from fastlora.train import Trainer
 from fastlora.train_config import TrainConfig
 
 HELD_OUT_ROWS = 64
-BATCH, STEPS = 8, 30
+BATCH, STEPS = 8, 20
 # Steps that are trained again with another cut of each batch.
 CHECKED_STEPS = 2
 EXAMPLES, NEW_TOKENS = 3, 32
@@ -46,7 +47,7 @@ def run_demo(output: str, *, model: str | None = None, steps: int | None = None,
         InputError: the folder holds another run, no network for the download, a bad argument. TrainingError: see Trainer.
     """
     started = time.perf_counter()
-    console = console or Console(highlight=False, soft_wrap=True)
+    console = console or make_console()
     say = console.print
     folder = pathlib.Path(output)
     if rundir.holds_run(folder / "run") and not overwrite:
@@ -70,7 +71,8 @@ def run_demo(output: str, *, model: str | None = None, steps: int | None = None,
     shown = _examples(data.held_out)
     before = [_written(network, tokenizer, row["prompt"]) for row in shown]
     settings = {"model": source, "data": str(data.train), "eval_data": str(data.held_out), "batch_size": BATCH,
-                "steps": steps, "learning_rate": 1e-3, "eval_every": steps, "device": device}  # fmt: skip
+                "steps": steps, "learning_rate": 1e-3, "eval_every": steps, "digest_every": CHECKED_STEPS,
+                "device": device}  # fmt: skip
     config = TrainConfig(**settings, output=str(folder / "run"), overwrite=overwrite)
     trainer = Trainer(network, tokenizer, config, LoraConfig(), console=console)
     result = trainer.train()
@@ -142,17 +144,17 @@ def _other_cuts(network, tokenizer, settings: dict, folder: pathlib.Path, traine
 
 def _row(sums: str, cut: str, log: Sequence[dict]) -> dict:
     return {"sums": sums, "cut": cut, "micro_batches": [len(record["micro_batches"]) for record in log],
-            "fingerprints": [record["fingerprint"] for record in log]}  # fmt: skip
+            "fingerprints": [record["fingerprint"] for record in log], "digest": log[-1]["digest"]}  # fmt: skip
 
 
 def _show_cuts(console: Console, checked: Sequence[dict]) -> None:
     table = Table(title=f"the first {CHECKED_STEPS} steps, each global batch cut in two ways")
-    for column in ("sums", "cut", "micro-batches a step", f"adapter after step {CHECKED_STEPS}"):
+    for column in ("sums", "cut", "micro-batches a step", f"MD5 of the adapter after step {CHECKED_STEPS}"):
         table.add_column(column)
     for row in checked:
-        table.add_row(row["sums"], row["cut"], ", ".join(map(str, row["micro_batches"])), row["fingerprints"][-1])
+        table.add_row(row["sums"], row["cut"], ", ".join(map(str, row["micro_batches"])), row["digest"])
     console.print(table)
-    last = {sums: {row["fingerprints"][-1] for row in checked if row["sums"] == sums} for sums in ("exact", "float")}
+    last = {sums: {row["digest"] for row in checked if row["sums"] == sums} for sums in ("exact", "float")}
     same = "the same bytes" if len(last["exact"]) == 1 else "DIFFERENT bytes"
     control = "different ones, as everywhere else" if len(last["float"]) > 1 else "the same here, by chance"
     console.print(f"exact sums: {same} for both cuts; float sums: {control}")

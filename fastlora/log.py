@@ -12,6 +12,13 @@ from fastlora.errors import InputError, TrainingError
 from fastlora.files import atomic_write_text
 
 
+def make_console():
+    """A ``rich.console.Console`` on standard output; where that is no terminal, wide enough for the tables."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+
+
 class RunLog:
     """``log.jsonl``: one JSON object a line, one line an optimiser step.
 

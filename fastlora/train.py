@@ -29,7 +29,7 @@ from fastlora.exact import exact
 from fastlora.inject import inject, injection
 from fastlora.interrupt import Interrupt
 from fastlora.invariant import make_invariant
-from fastlora.log import Progress, RunLog, TensorBoard, memory_in_use, require_tensorboard
+from fastlora.log import Progress, RunLog, TensorBoard, make_console, memory_in_use, require_tensorboard
 from fastlora.memory import cuts_within, first_limit, halved, is_out_of_memory
 from fastlora.optim import AdamW
 from fastlora.report import snapshot
@@ -55,11 +55,8 @@ class Trainer:
 
     def __init__(self, model: nn.Module, tokenizer, config: TrainConfig, lora: LoraConfig | None = None, *,
                  console=None, float_sums: bool = False) -> None:
-        if console is None:
-            from rich.console import Console
-
-            console = Console(highlight=False, soft_wrap=True)
-        self.model, self.tokenizer, self.config, self.console = model, tokenizer, config, console
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.console = make_console() if console is None else console
         self.float_sums = float_sums
         if injection(model) is None:
             inject(model, lora or LoraConfig(), seed=config.seed)
