@@ -119,14 +119,15 @@ _binaries: dict[tuple, tuple] = {}
 def run(kernel, grid: tuple[int, ...], tile: Tile, *arguments, **constants) -> None:
     """Launch ``kernel`` on the device of its first argument.
 
-    Everything that decides the binary is in the constants, the dtype and the device: pointers are 16-byte aligned and no integer is
-    specialised on. So the compiled kernel is looked up by them and launched directly, past the JIT's own argument inspection,
+    Everything that decides the binary is in the constants, the arguments' dtypes and the device: pointers are 16-byte aligned and no
+    integer is specialised on. So the compiled kernel is looked up by them and launched directly, past the JIT's own argument inspection,
     which costs more than small products take. FP fusion is said explicitly, because its default differs between Triton
     releases and it changes bits.
     """
     first = arguments[0]
     tensor = first if isinstance(first, torch.Tensor) else first.base
-    key = (id(kernel), tensor.dtype, tensor.device.index, tile, *constants.values())
+    dtypes = tuple(a.dtype for a in arguments if isinstance(a, torch.Tensor))
+    key = (id(kernel), tensor.dtype, dtypes, tensor.device.index, tile, *constants.values())
     known = _binaries.get(key)
     if known is not None and torch.cuda.current_device() == tensor.device.index:
         compiled, ordered = known
