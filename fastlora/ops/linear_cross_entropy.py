@@ -160,7 +160,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _check(hidden, weight, labels, softcap) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise InputError(
-            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}: they must be [M, H], [V, H]"
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}: allowed: [M, H], [V, H]"
         )
     if labels.shape != hidden.shape[:1]:
         raise InputError(f"labels {tuple(labels.shape)}: one for each of {hidden.shape[0]} rows")
@@ -210,10 +210,10 @@ def linear_cross_entropy(
     owner = torch.bucketize(rows, ends, right=True)
     counts = torch.bincount(owner, minlength=len(spans)).tolist()
     losses = torch.empty(rows.shape[0], dtype=torch.float32, device=hidden.device)
+    tiles = _cut(counts, hidden.device.type)
     carrier = _LinearCrossEntropy.apply(
-        hidden, weight.detach(), rows, chosen, _cut(counts, hidden.device.type), softcap, logit_scale,
-        losses,
-    )  # fmt: skip
+        hidden, weight.detach(), rows, chosen, tiles, softcap, logit_scale, losses
+    )
     finite = losses.isfinite()
     fixed = torch.where(finite, losses, 0.0).double().mul_(1.0 / LOSS_UNIT).round_().long()
     units = torch.zeros(len(spans), dtype=torch.int64, device=rows.device)
