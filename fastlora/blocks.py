@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +28,16 @@ _local = threading.local()
 _lock = threading.Lock()
 _jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
 _started = 0
+
+
+def _after_fork() -> None:
+    """A forked child has none of the parent's threads: begin with an empty pool."""
+    global _jobs, _lock, _started
+    _jobs, _lock, _started = queue.SimpleQueue(), threading.Lock(), 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class _Job:
@@ -110,6 +121,16 @@ def single_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _wait(job: _Job) -> None:
+    """Wait for the helpers, also through an interrupt: nothing may still write when run() returns."""
+    while True:
+        try:
+            job.done.wait()
+            return
+        except BaseException as error:  # KeyboardInterrupt: stop handing out items, then raise it
+            job.error = error
+
+
 def run(fn: Callable[[Any], object], items: Iterable) -> None:
     """Call ``fn(item)`` for every item, each call on exactly one thread with intra-op parallelism
     off.
@@ -136,7 +157,7 @@ def run(fn: Callable[[Any], object], items: Iterable) -> None:
                 _jobs.put(job)
             job.work()
             if helpers > 0:
-                job.done.wait()
+                _wait(job)
         finally:
             _local.inside = False
     if job.error is not None:

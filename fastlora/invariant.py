@@ -1,108 +1,254 @@
-"""Make the frozen part of a model compute each document by itself, bit for bit, and undo that afterwards.
+"""Make a whole model independent of the split on CPU: every product and reduction in fixed blocks.
 
-Row-wise operations (embedding, norms, rotary positions, activations, residuals) are the model's own. What looks across rows
-is replaced for the time of a run: linear layers by fixed blocks of rows, attention by one document at a time. What cannot be
-made independent of the split is listed by name, so that nothing is claimed for it.
+:func:`make_invariant` changes the *class* of modules in place (parameters, names, hooks and copies
+stay as they are) and the attention implementation; ``undo`` puts both back. Frozen linear layers
+run over fixed tiles, attention runs a document at a time, RMSNorms and gates of known shape run
+over fixed tiles on all threads after a probe showed their bits equal to the model's own. What is
+left (embedding, RoPE, residual sums) is row-wise and exact on one thread
+(``blocks.single_thread``).
 """
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
+from fastlora import blocks
 from fastlora.errors import InputError
-from fastlora.families import FAMILIES, batch_dependent_rope
-from fastlora.modules import LoraLinear
-from fastlora.ops import attention
+from fastlora.families import batch_dependent_rope
+from fastlora.ops import attention, glu, rms_norm
 from fastlora.ops.frozen_linear import frozen_linear
+from fastlora.ops.reference import ALIGN_BYTES
+
+_PROBE_ROWS = 16
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+# Fields about layers that training a causal model never runs.
+_OTHER_DROPOUTS = ("classifier_dropout", "summary_first_dropout", "attention_dropout")
 
 
 class FrozenLinear(nn.Linear):
-    """A frozen linear layer over fixed blocks of rows; shares the weight and bias of the layer it stands for."""
+    """nn.Linear over fixed tiles, with a gradient for its input only."""
 
-    def __init__(self, base: nn.Linear) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
-        self.train(base.training)
-
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] -> [..., N]."""
         return frozen_linear(x, self.weight, self.bias)
 
 
+class _TiledNorm:
+    """Put before an RMSNorm's class: the same norm over fixed tiles."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm.rms_norm(x, self.weight, _eps(self), self._tiled_style)
+
+
+class _TiledGate:
+    """Put before a gated feed-forward layer's class: the same layer, its gate over fixed tiles."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = glu.glu(self.gate_proj(x), self.up_proj(x), self._tiled_activation)
+        return self.down_proj(hidden)
+
+
+@functools.cache
+def _before(mixin: type, cls: type, **attributes: str) -> type:
+    """A class that is ``cls`` with the mixin's forward."""
+    return type(f"Tiled{cls.__name__}", (mixin, cls), {"__module__": __name__, **attributes})
+
+
+def _eps(module: nn.Module) -> float | None:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
 class Invariant:
-    """What :func:`make_invariant` changed.
+    """What :func:`make_invariant` did.
 
     Attributes:
-        not_exact: (module, reason) of everything whose bits may depend on the split; empty: exactness is claimed.
+        not_exact: (module path, reason) of everything for which exactness is not claimed.
     """
 
     def __init__(self) -> None:
         self.not_exact: list[tuple[str, str]] = []
-        self._undo: list[Callable[[], object]] = []
+        self._undo: list[Callable[[], None]] = []
 
     def undo(self) -> None:
-        """Put everything back, in the reverse order. A second call does nothing."""
+        """Put every class, dropout and the attention implementation back; again does nothing."""
         while self._undo:
             self._undo.pop()()
 
+    def set(self, target: object, name: str, value: object) -> None:
+        """Set an attribute and remember the old value."""
+        before = getattr(target, name)
+        self._undo.append(lambda: setattr(target, name, before))
+        setattr(target, name, value)
+
 
 def make_invariant(model: nn.Module) -> Invariant:
-    """Swap in what computes a document by itself; the caller calls ``undo()`` on the result.
+    """Change a transformers causal model, in place, so that its bits do not depend on the split.
 
-    Args:
-        model: a transformers causal model, injected or not, its base frozen.
+    On other devices than the CPU only attention is changed, and ``not_exact`` says so. Frozen
+    parameters that do not begin at a 64-byte line are moved to one (same bytes).
 
     Raises:
-        InputError: a dropout of the base model is above 0, by module name: torch's dropout draws by place in the batch.
+        InputError: layers that look across documents (convolutions, state space layers, chunked
+            attention), a dropout that cannot be turned off, or a model without transformers'
+            attention interface. The model is then unchanged.
     """
-    _refuse_dropout(model)
     done = Invariant()
-    model_type = getattr(model.config, "model_type", None)
-    if model_type not in FAMILIES:
-        done.not_exact.append(("model", f"model type {model_type!r} is not in the table of families"))
-    rope = batch_dependent_rope(model)
-    if rope is not None:
-        done.not_exact.append(("rotary embedding", rope))
-    _swap_linears(model, done)
-    _swap_attention(model, done)
+    try:
+        _refuse_layers(model)
+        _no_dropout(model, done)
+        _set_attention(model, done)
+        _note_rope(model, done)
+        devices = sorted({p.device.type for p in model.parameters()})
+        if devices == ["cpu"]:
+            _align(model)
+            _swap_modules(model, done)
+        else:
+            _note_other_devices(model, done, devices)
+    except BaseException:
+        done.undo()
+        raise
     return done
 
 
-def _refuse_dropout(model: nn.Module) -> None:
+def _refuse_layers(model: nn.Module) -> None:
+    for kind in getattr(model.config, "layer_types", None) or ():
+        if kind not in _LAYER_TYPES:
+            raise InputError(
+                f"layer type {kind!r}: it would look across the documents of a stream; "
+                f"allowed are {', '.join(_LAYER_TYPES)}"
+            )
     for path, module in model.named_modules():
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.RNNBase)):
+            raise InputError(
+                f"{path} ({type(module).__name__}): it would look across the documents of a stream"
+            )
+
+
+def _no_dropout(model: nn.Module, done: Invariant) -> None:
+    """Turn the base model's own dropouts off; LoRA's is made by the library and stays."""
+    turned = set()
+    for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            raise InputError(f"{path}: dropout of the base model is {module.p}; allowed is 0 (set it in the model's config)")
-        rate = getattr(module, "attention_dropout", 0.0)
-        if isinstance(rate, float) and rate > 0:
-            raise InputError(f"{path}.attention_dropout = {rate}; allowed is 0 (set it in the model's config)")
+            turned.add(module.p)
+            done.set(module, "p", 0.0)
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            done.set(module, "attention_dropout", 0.0)
+    for name, value in model.config.to_dict().items():
+        is_rate = "drop" in name and isinstance(value, (int, float)) and value > 0
+        if is_rate and name not in _OTHER_DROPOUTS and value not in turned:
+            raise InputError(
+                f"config.{name} is {value}; set it to 0 (torch's dropout is not exact)"
+            )
 
 
-def _swap_linears(model: nn.Module, done: Invariant) -> None:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    for path, module in list(model.named_modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, LoraLinear | FrozenLinear) or child is head or not isinstance(child, nn.Linear):
-                continue
-            place = f"{path}.{name}" if path else name
-            if type(child) is not nn.Linear:
-                done.not_exact.append((place, f"a {type(child).__name__} computes its rows in its own way"))
-            elif child.weight.requires_grad:
-                done.not_exact.append((place, "its weight is trained, which sums over tokens by torch"))
-            else:
-                setattr(module, name, FrozenLinear(child))
-                done._undo.append(lambda m=module, n=name, c=child: setattr(m, n, c))
-
-
-def _swap_attention(model: nn.Module, done: Invariant) -> None:
-    before = getattr(model.config, "_attn_implementation", None)
+def _set_attention(model: nn.Module, done: Invariant) -> None:
     name = attention.register()
+    before = model.config._attn_implementation
     try:
         model.set_attn_implementation(name)
-    except (AttributeError, ValueError) as error:
-        done.not_exact.append(("attention", f"it cannot be replaced ({error})"))
-        return
-    if model.config._attn_implementation != name:
-        done.not_exact.append(("attention", f"the model keeps its own ({model.config._attn_implementation})"))
+    except ValueError as error:
+        kind = type(model).__name__
+        raise InputError(f"{kind} does not take an attention implementation: {error}") from error
     done._undo.append(lambda: model.set_attn_implementation(before))
+
+
+def _note_rope(model: nn.Module, done: Invariant) -> None:
+    reason = batch_dependent_rope(model)
+    if reason:
+        done.not_exact.append(("rotary_emb", reason))
+
+
+def _align(model: nn.Module) -> None:
+    """Products take another path for weights that begin elsewhere, as memory-mapped ones may."""
+    for parameter in model.parameters():
+        if parameter.numel() and parameter.data_ptr() % ALIGN_BYTES:
+            parameter.data = parameter.data.clone()
+
+
+def _swap_modules(model: nn.Module, done: Invariant) -> None:
+    head = model.get_output_embeddings()
+    for path, module in model.named_modules():
+        if module is head or isinstance(module, nn.Embedding):
+            continue
+        own = list(module.parameters(recurse=False))
+        if type(module) is nn.Linear:
+            if any(p.requires_grad for p in own):
+                done.not_exact.append((path, "its weight is trained, not frozen"))
+            else:
+                done.set(module, "__class__", FrozenLinear)
+        elif type(module).__name__.endswith("RMSNorm"):
+            _swap_norm(path, module, own, done)
+        elif all(hasattr(module, n) for n in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+            _swap_gate(module, done)
+        elif own and not (hasattr(module, "lora_A") or type(module).__name__ == "Factor"):
+            if any(p.requires_grad for p in own):
+                done.not_exact.append((path, "its parameters are trained, not frozen"))
+            elif not type(module).__name__.endswith("Norm"):
+                kind = type(module).__name__
+                done.not_exact.append((path, f"{kind}: its products do not run in fixed blocks"))
+
+
+@torch.no_grad()
+def _same_bits(module: nn.Module, mixin: type, width: int, **attributes: str) -> type | None:
+    """The tiled class if its output on a probe has the bits of the module's own, else None."""
+    cls = type(module)
+    tiled = _before(mixin, cls, **attributes)
+    like = next(module.parameters())
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(_PROBE_ROWS, width, generator=generator).to(like.dtype)
+    with blocks.single_thread():
+        own = module(probe.unsqueeze(0))
+        module.__class__ = tiled
+        try:
+            ours = module(probe.unsqueeze(0))
+        finally:
+            module.__class__ = cls
+    return tiled if torch.equal(own, ours) else None
+
+
+def _swap_norm(path: str, module: nn.Module, own: list, done: Invariant) -> None:
+    if any(p.requires_grad for p in own):
+        done.not_exact.append((path, "its weight is trained, not frozen"))
+        return
+    if len(own) != 1 or _eps(module) is None:
+        return  # row-wise on one thread: exact, only slower
+    for style in rms_norm.STYLES:
+        tiled = _same_bits(module, _TiledNorm, own[0].shape[0], _tiled_style=style)
+        if tiled is not None:
+            done.set(module, "__class__", tiled)
+            return
+
+
+def _swap_gate(module: nn.Module, done: Invariant) -> None:
+    """Swap when the class's own forward equals ours, compared with simple maps as projections."""
+    probe = torch.randn(_PROBE_ROWS, 64, generator=torch.Generator().manual_seed(0))
+    maps = {"gate_proj": 0.5, "up_proj": 1.5, "down_proj": 0.75}
+    double = types.SimpleNamespace(act_fn=module.act_fn)
+    for name, factor in maps.items():
+        setattr(double, name, functools.partial(torch.mul, factor))
+    with blocks.single_thread(), torch.no_grad():
+        try:
+            wanted = type(module).forward(double, probe)
+        except AttributeError:
+            return  # another kind of layer with the same names: left as it is
+        for activation in glu.ACTIVATIONS:
+            double._tiled_activation = activation
+            if torch.equal(wanted, _TiledGate.forward(double, probe)):
+                tiled = _before(_TiledGate, type(module), _tiled_activation=activation)
+                done.set(module, "__class__", tiled)
+                return
+
+
+def _note_other_devices(model: nn.Module, done: Invariant, devices: list[str]) -> None:
+    where = ", ".join(devices)
+    done.not_exact.append(("attention", f"torch's kernels on {where} may depend on the batch"))
+    for path, module in model.named_modules():
+        if type(module) is nn.Linear and module is not model.get_output_embeddings():
+            done.not_exact.append((path, f"torch's product on {where} may depend on the batch"))
+            break
+    done.not_exact.append(("norms, RoPE, gates", f"torch's own kernels on {where}"))
