@@ -99,7 +99,7 @@ def build_arguments(case: Case):
     n, k = (case.outer, case.inner) if case.transposed else (case.inner, case.outer)
     from fastlora.kernels.launch import can_use_tma, is_ragged
 
-    tma = can_use_tma(case.arch, case.dtype, n, k)
+    tma = can_use_tma(case.arch, case.dtype, k, n)
     ragged = is_ragged(case.dtype, n, k)
     tile = tables.gemm_tile(case.arch, case.dtype, dropout=case.dropout, tma=tma, ragged=ragged)
     low = min(case.rank, tile.bk)
@@ -176,6 +176,7 @@ def all_cases() -> list[Case]:
         cases += [Case("gemm", arch, transposed=False, dropout=True), Case("project", arch, dropout=True)]
         cases += [Case("da", arch, dropout=True), Case("db_ds", arch, exact=False), Case("da", arch, exact=False)]
         cases += [Case(op, arch, torch.float32) for op in ("gemm", "project", "da", "db_ds")]
+        cases += [Case("gemm", arch, rank=rank, inner=inner) for rank in (32, 64) for inner in (16, 64, 128)]
         cases += [Case("gemm", arch, outer=257, inner=129), Case("gemm", arch, torch.float16)]
         for head in (64, 128, 256)[: 2 if tables.ATTENTION_MAX_HEAD[arch] == 128 else 3]:
             cases += [Case(op, arch, outer=head, inner=0) for op in gate_attention.OPERATIONS]

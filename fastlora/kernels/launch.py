@@ -77,9 +77,14 @@ def is_ragged(dtype: torch.dtype, *features: int) -> bool:
     return any(f * dtype.itemsize % 16 for f in features)
 
 
-def can_use_tma(arch: str, dtype: torch.dtype, *features: int) -> bool:
-    """Whether bulk tensor copies serve this shape: every row a multiple of 16 bytes, 16-bit dtype."""
-    return arch in TMA_ARCHITECTURES and dtype != torch.float32 and not is_ragged(dtype, *features)
+# Below two steps of K the compiler unrolls the loop and stages the rank-r operands too: more shared memory than there is.
+TMA_MIN_INNER = 128
+
+
+def can_use_tma(arch: str, dtype: torch.dtype, inner: int, outer: int) -> bool:
+    """Whether bulk tensor copies serve this product: rows of 16-byte multiples, a 16-bit dtype, K (``inner``) of two steps."""
+    fits = arch in TMA_ARCHITECTURES and dtype != torch.float32 and inner >= TMA_MIN_INNER
+    return fits and not is_ragged(dtype, inner, outer)
 
 
 def descriptor(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
