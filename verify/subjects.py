@@ -11,7 +11,6 @@ import tempfile
 from collections import OrderedDict
 
 import torch
-from fastlora.invariant import make_invariant
 from rich.console import Console
 from torch import nn
 
@@ -21,6 +20,7 @@ from fastlora.data import make_row
 from fastlora.errors import TrainingError
 from fastlora.exact import discard
 from fastlora.families import head_of
+from fastlora.invariant import make_invariant
 from fastlora.ops import backend
 from fastlora.ops.dropout import module_key
 from fastlora.ops.linear_cross_entropy import linear_cross_entropy
