@@ -66,7 +66,7 @@ def exact(model: nn.Module) -> Iterator[None]:
     Raises:
         InputError: no LoRA linear in ``model``, a block inside a block, or sums of an earlier block that
             no step has used (wrapping each micro-batch by itself would lose all but the last; to drop them
-            on purpose call ``fastlora.exact.discard(model)``).
+            on purpose: ``from fastlora.exact import discard; discard(model)``).
     """
     modules = [m for _, m in lora_modules(model)]
     if not modules:
@@ -77,7 +77,7 @@ def exact(model: nn.Module) -> Iterator[None]:
         raise InputError(
             "exact: the sums of the last block were not used; put all micro-batches of a step in one "
             "block and call fastlora.AdamW.step(supervised_tokens=n) after it, or drop them with "
-            "fastlora.exact.discard(model)"
+            "`from fastlora.exact import discard; discard(model)`"
         )
     for m in modules:
         _open(m)
