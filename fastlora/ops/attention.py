@@ -73,6 +73,23 @@ class _Attention(torch.autograd.Function):
         return g.dq, dk, dv, None, None
 
 
+def _sdpa_by_document(query, key, value, spans, scale, window):
+    """torch's own attention, a call a document: for devices where exactness is not claimed."""
+    parts = []
+    for start, stop in spans:
+        q, k, v = (x[:, :, start:stop] for x in (query, key, value))
+        mask = None
+        if window is not None and window < stop - start:
+            place = torch.arange(stop - start, device=query.device)
+            back = place.unsqueeze(1) - place
+            mask = (back >= 0) & (back < window)
+        part = functional.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
+        parts.append(part.transpose(1, 2))
+    return torch.cat(parts, dim=1)
+
+
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -115,7 +132,9 @@ def attention(
 def _function(query: torch.Tensor, value: torch.Tensor, spans) -> type[torch.autograd.Function]:
     """The Triton kernels on a GPU when the documents are aligned to their block, else the pieces in torch."""
     if spans and backend.pick(query) == "triton":
-        from fastlora.ops import attention_triton  # imported on first use: triton is absent on macOS and Windows
+        from fastlora.ops import (
+            attention_triton,
+        )  # imported on first use: triton is absent on macOS and Windows
 
         if attention_triton.fits(query, spans, max(query.shape[3], value.shape[3])):
             return attention_triton.TritonAttention

@@ -1,0 +1,98 @@
+"""Counter dropout: published Philox words, the keep rule, and keys that name tokens."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fastlora.errors import InputError
+from fastlora.ops import dropout
+from fastlora.ops.dropout import DropoutKey
+
+ONES = 0xFFFFFFFF
+# Known answers of Philox4x32-10 from the Random123 distribution (kat_vectors).
+KNOWN = [
+    ((0, 0), (0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((ONES, ONES), (ONES,) * 4, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0xA4093822, 0x299F31D0),
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("key", "counter", "words"), KNOWN)
+def test_philox_known_answers(key, counter, words):
+    found = dropout.philox(key, tuple(torch.tensor([c]) for c in counter))
+    assert tuple(int(word) for word in found) == words
+
+
+def _words(seed, token, features):
+    """The rule written out one element at a time."""
+    words = []
+    for feature in range(features):
+        counter = (token & ONES, token >> 32 & ONES, feature // 4, 0)
+        found = dropout.philox((seed & ONES, seed >> 32), tuple(torch.tensor([c]) for c in counter))
+        words.append(int(found[feature % 4]))
+    return words
+
+
+@pytest.mark.parametrize("features", [1, 3, 4, 10])
+def test_keep_mask_follows_the_rule(features):
+    seed, tokens, p = (1 << 62) + 12345, [0, 5, -1, -(1 << 63), (1 << 40) + 3], 0.3
+    mask = dropout.keep_mask(DropoutKey(seed, torch.tensor(tokens)), features, p)
+    wanted = [[word >= math.floor(p * 2**32) for word in _words(seed, t, features)] for t in tokens]
+    assert mask.tolist() == wanted
+
+
+def test_keep_mask_rows_depend_on_their_token_alone():
+    tokens = torch.arange(1000, 1064)
+    whole = dropout.keep_mask(DropoutKey(3, tokens), 37, 0.5)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(dropout.keep_mask(DropoutKey(3, tokens[order]), 37, 0.5), whole[order])
+    part = dropout.keep_mask(DropoutKey(3, tokens).rows(8, 20), 37, 0.5)
+    assert torch.equal(part, whole[8:20])
+
+
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
+def test_keep_mask_share(p):
+    n = 200 * 512
+    kept = int(dropout.keep_mask(DropoutKey(1, torch.arange(200)), 512, p).sum())
+    # tolerance-rule: six standard deviations of the binomial count
+    assert abs(kept - n * (1 - p)) < 6 * math.sqrt(n * p * (1 - p))
+
+
+def test_keep_mask_zero_keeps_all():
+    assert dropout.keep_mask(DropoutKey(1, torch.arange(4)), 9, 0.0).all()
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.0, float("nan")])
+def test_keep_mask_refuses_probability(p):
+    with pytest.raises(InputError, match="dropout"):
+        dropout.keep_mask(DropoutKey(1, torch.arange(4)), 8, p)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_apply_is_one_fp32_product_rounded_once(dtype):
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    keep = dropout.keep_mask(DropoutKey(1, torch.arange(5)), 8, 0.3)
+    factor = np.float32(1.0 / (1.0 - 0.3))
+    wanted = torch.from_numpy(x.float().numpy() * factor) * keep
+    assert torch.equal(dropout.apply(x, keep, 0.3), wanted.to(dtype))
+
+
+def test_module_key_is_63_bits_and_takes_every_part():
+    base = dropout.module_key(1, 2, "model.layers.0.q_proj")
+    others = [
+        dropout.module_key(2, 2, "model.layers.0.q_proj"),
+        dropout.module_key(1, 3, "model.layers.0.q_proj"),
+        dropout.module_key(1, 2, "model.layers.0.k_proj"),
+        dropout.module_key(2, 1, "model.layers.0.q_proj"),
+    ]
+    assert 0 <= base < 1 << 63
+    assert len({base, *others}) == 5
+    assert base == dropout.module_key(1, 2, "model.layers.0.q_proj")
