@@ -70,7 +70,9 @@ def _backward(dy, x, weight, a, b, s, scale, dropout, seed, tokens, needs_dx):
 def _stored_rank(x: torch.Tensor, rank: int) -> int:
     if backend.pick(x) != "triton":
         return rank
-    return max(16, 1 << (rank - 1).bit_length())
+    from fastlora.kernels.launch import padded_rank  # imported on first use: triton is absent on macOS and Windows
+
+    return padded_rank(rank)
 
 
 def _forward_fake(x, weight, a, b, scale, bias, dropout, seed, tokens):
