@@ -89,7 +89,7 @@ class Invariant:
 def make_invariant(model: nn.Module) -> Invariant:
     """Change a transformers causal model, in place, so that its bits do not depend on the split.
 
-    On other devices than the CPU only attention is changed, and ``not_exact`` says so. Frozen
+    On a GPU attention and frozen linear layers are changed, and ``not_exact`` names the rest. Frozen
     parameters that do not begin at a 64-byte line are moved to one (same bytes).
 
     Raises:
@@ -108,7 +108,7 @@ def make_invariant(model: nn.Module) -> Invariant:
             _align(model)
             _swap_modules(model, done)
         else:
-            _note_other_devices(model, done, devices)
+            _swap_other_devices(model, done, devices)
     except BaseException:
         done.undo()
         raise
@@ -244,11 +244,19 @@ def _swap_gate(module: nn.Module, done: Invariant) -> None:
                 return
 
 
-def _note_other_devices(model: nn.Module, done: Invariant, devices: list[str]) -> None:
-    where = ", ".join(devices)
-    done.not_exact.append(("attention", f"torch's kernels on {where} may depend on the batch"))
+def _swap_other_devices(model: nn.Module, done: Invariant, devices: list[str]) -> None:
+    """On a GPU: products by the library's own kernel; what stays torch's reduction is named."""
+    where, head = ", ".join(devices), model.get_output_embeddings()
+    norms = []
     for path, module in model.named_modules():
-        if type(module) is nn.Linear and module is not model.get_output_embeddings():
-            done.not_exact.append((path, f"torch's product on {where} may depend on the batch"))
-            break
-    done.not_exact.append(("norms, RoPE, gates", f"torch's own kernels on {where}"))
+        own = list(module.parameters(recurse=False))
+        if type(module) is nn.Linear and module is not head:
+            if any(p.requires_grad for p in own):
+                done.not_exact.append((path, "its weight is trained, not frozen"))
+            else:
+                done.set(module, "__class__", FrozenLinear)
+        elif type(module).__name__.endswith("Norm"):
+            norms.append(path)
+    if norms:
+        reason = f"torch's reduction on {where} may depend on the number of rows"
+        done.not_exact.append((f"{len(norms)} norms, first {norms[0]}", reason))

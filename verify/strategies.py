@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
@@ -316,8 +317,19 @@ def ordered(strategy_name: str, names: tuple[str, ...], seed: int, count: int = 
     return tuple(found)
 
 
-def endless(strategy_name: str, names: tuple[str, ...], seed: int) -> Iterator:
+# What a kernel may be compiled for, and so what cases in a row can share.
+COMPILED_FOR = ("k", "n", "r", "dtype")
+
+
+def endless(strategy_name: str, names: tuple[str, ...], seed: int, a_shape: int = 1) -> Iterator:
     """The ordered list of ``seed``, and when that is used up those of further seeds derived from
-    it."""
+    it.
+
+    With ``a_shape`` above 1 that many cases in a row take features, rank and dtype from the first
+    of them: for kernels that are compiled anew for each, which takes longer than to run them.
+    """
     for again in itertools.count():
-        yield from ordered(strategy_name, names, seed + again * 1_000_003)
+        for i, case in enumerate(ordered(strategy_name, names, seed + again * 1_000_003)):
+            if i % a_shape == 0:
+                shape = {name: getattr(case, name) for name in COMPILED_FOR if hasattr(case, name)}
+            yield case if a_shape == 1 else dataclasses.replace(case, **shape)

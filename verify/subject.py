@@ -67,7 +67,11 @@ class LinearResult:
 
 
 class LinearPart(Protocol):
-    """A LoRA linear with its backward."""
+    """A LoRA linear with its backward.
+
+    An optional attribute ``cases_a_shape`` (default 1): how many cases in a row have the same K, N, r
+    and dtype, for kernels that are compiled for each.
+    """
 
     modes: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]

@@ -85,6 +85,8 @@ class FastloraLinear:
         self.device, self.dtypes, self.forced = device, dtypes, forced
         # What the kernels need of documents they need in the interpreter too.
         self.alignment = stream.alignment_for("cuda" if forced == "triton" else device)
+        # On a GPU a new shape compiles six kernels, some seconds of work.
+        self.cases_a_shape = 8 if device == "cuda" else 1
 
     def roundings(self, dtype: torch.dtype, mode: str) -> Roundings:
         """S and dS rounded once; y and dx rounded once from an fp32 accumulator; integer sums if

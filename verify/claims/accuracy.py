@@ -30,7 +30,7 @@ def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
         return out
     names = tuple(name for name, dtype in DTYPES.items() if dtype in part.dtypes)
     alone = refused = 0
-    for case in endless("linear", names, seed):
+    for case in endless("linear", names, seed, getattr(part, "cases_a_shape", 1)):
         if not budget.more(out.cases) or (budget.stop_at_failure and out.failures):
             break
         out.cases += 1

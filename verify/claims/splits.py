@@ -56,7 +56,8 @@ def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
         out.reason = "the subject has neither a LoRA linear nor a trainer that claims splits"
         return out
     names = () if linear is None else tuple(n for n, d in DTYPES.items() if d in linear.dtypes)
-    linears = endless("split", names, seed) if linear else iter(())
+    a_shape = getattr(linear, "cases_a_shape", 1)
+    linears = endless("split", names, seed, a_shape) if linear else iter(())
     trainings = endless("train", (), seed) if trainer else iter(())
     floats = {"linear": _Floats(), "model": _Floats()}
     while budget.more(out.cases) and not (budget.stop_at_failure and out.failures):
