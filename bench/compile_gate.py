@@ -23,6 +23,7 @@ from fastlora.kernels import gemm as gemm_file
 from fastlora.kernels import project as project_file
 from fastlora.kernels import tables
 from fastlora.kernels import token_sum as token_sum_file
+from fastlora.kernels.columns import Columns
 from fastlora.kernels.tile import CHUNK
 
 _TYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -41,11 +42,13 @@ class Case:
     dropout: bool = False
     exact: bool = True
     transposed: bool = True
+    count: int = 1  # projections of one input, side by side
 
     @property
     def name(self) -> str:
         """A label for tables and test ids."""
         drop, mode = "-dropout" if self.dropout else "", "-exact" if self.exact else ""
+        drop += "" if self.count == 1 else f"-{self.count}together"
         side = "" if self.operation != "gemm" else "-forward" if self.transposed else "-dx"
         mode = mode if self.operation in ("da", "db", "db_ds") else ""
         return f"{self.operation}{side}-{self.arch}-{_TYPE[self.dtype]}-r{self.rank}-{self.outer}x{self.inner}{drop}{mode}"
@@ -66,32 +69,44 @@ def _target(arch: str) -> GPUTarget:
     return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
 
 
+def _ranges(case: Case) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(starts, widths) of the projections' output features: equal parts."""
+    width = case.outer // case.count
+    return tuple(i * width for i in range(case.count)), (width,) * case.count
+
+
 def build_arguments(case: Case):
     """(kernel, tile, signature by argument name, constants by argument name) as the library launches it."""
     element = "*" + _TYPE[case.dtype]
-    drop = {"seed": "i64", "threshold": "i64", "keep_scale": "fp32"}
+    drop = {"seed0": "i64", "seed1": "i64", "seed2": "i64", "threshold": "i64", "keep_scale": "fp32"}
+    layout = Columns((case.rank,) * case.count, *_ranges(case), (1.0,) * case.count)
     precision = "ieee" if case.dtype == torch.float32 else "tf32"
     if case.operation in gate_attention.OPERATIONS:
         return gate_attention.build_arguments(case, element)
     if case.operation == "project":
-        tile = tables.project_tile(case.arch, case.dtype, case.rank)
-        signature = {"p_x": element, "p_w": element, "p_s": element, "p_token": "*i64", "M": "i32", "scale": "fp32"} | drop
+        columns = layout.padded if case.dropout else min(layout.columns, 256)
+        tile = tables.project_tile(case.arch, case.dtype, columns)
+        signature = {"p_x": element, "p_w": element, "p_s": element, "p_scale": "*fp32", "p_token": "*i64", "M": "i32"} | drop
         constants = dict(
-            F=case.inner, R=case.rank, W_R=case.inner, W_F=1, DROPOUT=case.dropout, PRECISION=precision,
-            BM=tile.bm, BF=tile.bk,
+            F=case.inner, LR=layout.columns, W_R=case.inner, W_F=1, DROPOUT=case.dropout, PRECISION=precision,
+            BM=tile.bm, BF=tile.bk, C=columns,
         )  # fmt: skip
         return project_file.project_kernel, tile, signature, constants
     if case.operation in ("da", "db", "db_ds"):
-        with_ds = case.operation == "db_ds"
-        tile = tables.token_sum_tile(case.arch, case.dtype, case.rank, with_ds=with_ds)
+        with_ds, major = case.operation == "db_ds", case.operation != "da"
+        together = not major and not case.dropout and layout.columns <= token_sum_file.MOST_COLUMNS
+        per, columns = (case.count, layout.columns) if together else (1, layout.padded)
+        tile = tables.token_sum_tile(case.arch, case.dtype, columns, with_ds=with_ds)
         signature = {"p_wide": element, "p_narrow": element, "p_out": "*i64" if case.exact else "*fp32"}
         signature |= {"p_stats": "*i64" if case.exact else element, "p_b": element}
         signature |= {"p_ds": "*fp32" if with_ds else element, "p_token": "*i64"}
         signature |= {"M": "i32", "chunks": "i32", "walk": "i32", "first_chunk": "i64"} | drop
-        major = case.operation != "da"
         features = case.outer if major else case.inner
+        ranges = [*(layout.ranges if major else ((0, features),)), (0, 0), (0, 0)]
         constants = dict(
-            F=features, R=case.rank, RANK=case.rank, OUT_F=case.rank if major else 1, OUT_R=1 if major else features,
+            LD=features, LR=layout.columns, B_LD=layout.columns, R=layout.padded, RANK=case.rank, PER=per, C=columns,
+            START0=ranges[0][0], START1=ranges[1][0], START2=ranges[2][0], F0=ranges[0][1], F1=ranges[1][1], F2=ranges[2][1],
+            OUT_F=case.rank if major else 1, OUT_R=1 if major else features, OUT_SIZE=features * case.rank * case.count,
             EXACT=case.exact, WITH_DS=with_ds, DROPOUT=case.dropout, PRECISION=precision, CHUNK=CHUNK,
             BM=tile.bm, BF=tile.bn,
         )  # fmt: skip
@@ -102,15 +117,16 @@ def build_arguments(case: Case):
     tma = can_use_tma(case.arch, case.dtype, k, n)
     ragged = is_ragged(case.dtype, n, k)
     tile = tables.gemm_tile(case.arch, case.dtype, dropout=case.dropout, tma=tma, ragged=ragged)
-    low = min(case.rank, tile.bk)
+    used = layout.padded * case.count if case.dropout else layout.columns
+    low = min(layout.padded if case.dropout else used, tile.bk)
     constants = dict(
-        N=n, K=k, R=case.rank, TRANSPOSED=case.transposed, BIAS=False, DROPOUT=case.dropout,
+        N=n, K=k, R=used, COUNT=case.count if case.dropout else 1, TRANSPOSED=case.transposed, BIAS=False, DROPOUT=case.dropout,
         BM=tile.bm, BN=tile.bn, BK=tile.bk, BR=low, GROUP=tile.group,
     )  # fmt: skip
     if not tma:
         signature = dict.fromkeys(("p_x", "p_w", "p_s", "p_b", "p_bias", "p_y"), element)
         signature |= {"p_token": "*i64", "M": "i32"} | drop
-        return gemm_file.gemm_kernel, tile, signature, constants | {"PRECISION": precision}
+        return gemm_file.gemm_kernel, tile, signature, constants | {"PRECISION": precision, "LR": layout.columns}
 
     def blocks(rows, columns):
         return f"tensordesc<{_TYPE[case.dtype]}[{rows}, {columns}]>"
@@ -177,6 +193,10 @@ def all_cases() -> list[Case]:
         cases += [Case("da", arch, dropout=True), Case("db_ds", arch, exact=False), Case("da", arch, exact=False)]
         cases += [Case(op, arch, torch.float32) for op in ("gemm", "project", "da", "db_ds")]
         cases += [Case("gemm", arch, rank=rank, inner=inner) for rank in (32, 64) for inner in (16, 64, 128)]
+        cases += [Case(op, arch, rank=rank, outer=6144, count=3) for rank in (16, 64) for op in ("project", "da")]
+        cases += [Case("db_ds", arch, outer=6144, count=3), Case("da", arch, rank=16, count=2)]
+        cases += [Case("gemm", arch, outer=6144, count=3), Case("gemm", arch, outer=6144, count=3, transposed=False)]
+        cases += [Case("gemm", arch, outer=6144, count=3, transposed=False, dropout=True)]
         cases += [Case("gemm", arch, outer=257, inner=129), Case("gemm", arch, torch.float16)]
         for head in (64, 128, 256)[: 2 if tables.ATTENTION_MAX_HEAD[arch] == 128 else 3]:
             cases += [Case(op, arch, outer=head, inner=0) for op in gate_attention.OPERATIONS]

@@ -98,7 +98,9 @@ def _open(module: nn.Module) -> None:
     fits = module.sums is not None and all(
         s.total.shape == p.shape and s.total.device == p.device for s, p in zip(module.sums, parameters)
     )
-    if not fits:
+    if module.sums_from is not None:
+        module.sums = module.sums_from()
+    elif not fits:
         module.sums = tuple(TokenSum(p.shape, p.device) for p in parameters)
     for s in module.sums:
         s.accepting, s.pending = True, False

@@ -26,6 +26,33 @@ _BATCH_ROPE = {
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Where a decoder layer keeps what the fused layer needs.
+
+    Attributes:
+        norms: names of the layer's norms before and after attention, before and after the MLP; None
+            where there is none.
+        norm_style: where its RMSNorm rounds, see ops/rms_norm.py.
+        qkv, gate_up: names of the products of one input.
+        window_of_config: the window is the configuration's for every layer, not the attention's own.
+    """
+
+    norms: tuple[str | None, str | None, str | None, str | None] = (
+        "input_layernorm", None, "post_attention_layernorm", None,
+    )
+    norm_style: str = "round_first"
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    window_of_config: bool = False
+
+
+_SANDWICH = (
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+
+
+@dataclass(frozen=True)
 class Family:
     """One row: ``model_type`` of the configuration and how this family differs from Llama.
 
@@ -36,6 +63,7 @@ class Family:
             None.
         divisor_field: configuration field by which the logits are divided, or None.
         known_head: ``head_of`` knows this family's head.
+        layout: of its decoder layers, for fastlora.fuse; None: they are not fused.
     """
 
     model_type: str
@@ -43,22 +71,31 @@ class Family:
     softcap_field: str | None = None
     divisor_field: str | None = None
     known_head: bool = True
+    layout: Layout | None = None
 
 
 FAMILIES: dict[str, Family] = {
     row.model_type: row
     for row in (
-        Family("llama"),
-        Family("mistral"),
-        Family("qwen2"),
-        Family("qwen3"),
-        Family("gemma"),
-        Family("gemma2", softcap_field="final_logit_softcapping"),
-        Family("gemma3_text", softcap_field="final_logit_softcapping"),
-        Family("phi3", projections=("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
-        Family("smollm3"),
+        Family("llama", layout=Layout()),
+        Family("mistral", layout=Layout(window_of_config=True)),
+        Family("qwen2", layout=Layout()),
+        Family("qwen3", layout=Layout()),
+        Family("gemma", layout=Layout(norm_style="offset")),
+        Family(
+            "gemma2", softcap_field="final_logit_softcapping", layout=Layout(_SANDWICH, "offset")
+        ),
+        Family(
+            "gemma3_text", softcap_field="final_logit_softcapping", layout=Layout(_SANDWICH, "offset")
+        ),
+        Family(
+            "phi3", projections=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+            layout=Layout(qkv=("qkv_proj",), gate_up=("gate_up_proj",), window_of_config=True),
+        ),
+        Family("smollm3", layout=Layout()),
+        # its norms of queries and keys run over all heads at once
         Family("olmo2"),
-        Family("granite", divisor_field="logits_scaling"),
+        Family("granite", divisor_field="logits_scaling", layout=Layout()),
     )
 }
 

@@ -69,6 +69,8 @@ class LoraLinear(nn.Linear):
         self._plain_seed = module_key(0, 0, path)
         self.exact = False
         self.sums = None
+        # Where the sums come from when several layers share a buffer (fastlora.fuse); None: made by fastlora.exact.
+        self.sums_from = None
         self.merged = False
         # What merge() keeps to restore the base: a plain attribute, so that no state dict holds it.
         self.kept_base: torch.Tensor | None = None

@@ -47,6 +47,14 @@ class TokenSum:
         self.pending = False
         self._lock = threading.Lock()
 
+    @classmethod
+    def over(cls, total: torch.Tensor, stats: torch.Tensor) -> TokenSum:
+        """A sum that lives in given int64 tensors: ``total`` of the parameter's shape and ``stats`` [4], both zeroed here."""
+        made = cls.__new__(cls)
+        made.total, made.stats, made._lock = total, stats, threading.Lock()
+        made.chunks, made.accepting, made.pending = 0, True, False
+        return made.zero_()
+
     def zero_(self) -> TokenSum:
         """Forget everything added; returns itself."""
         zero_all([self])

@@ -231,14 +231,15 @@ def attention_forward(q, k, v, edges, scale, window=None, softcap=None):
     return out, lse
 
 
-def attention_backward(dout, q, k, v, out, lse, edges, scale, window=None, softcap=None):
-    """(dq [Hq, T, D], dk [Hk, T, D], dv [Hk, T, E]) in q's dtype from dout [T, Hq, E]."""
+def attention_backward(dout, q, k, v, out, lse, edges, scale, window=None, softcap=None, *, into=None):
+    """(dq [Hq, T, D], dk [Hk, T, D], dv [Hk, T, E]) in q's dtype from dout [T, Hq, E]; written to the views ``into`` if given."""
     q, k, v = _rows(q), _rows(k), _rows(v)
     dout = _rows(dout.transpose(0, 1))
     view = out.transpose(0, 1)
     heads, tokens = q.shape[0], q.shape[1]
-    dq, dk, dv = (torch.empty(t.shape[1], t.shape[0], t.shape[2], device=q.device, dtype=q.dtype).transpose(0, 1)
-                  for t in (q, k, v))  # fmt: skip
+    dq, dk, dv = into or (
+        torch.empty(t.shape[1], t.shape[0], t.shape[2], device=q.device, dtype=q.dtype).transpose(0, 1) for t in (q, k, v)
+    )
     if tokens == 0:
         return dq, dk, dv
     tile = _tile(q, v, "keys")

@@ -26,14 +26,16 @@ def low_rank_dropout(b_low, p_token, o_m, M, i_n, seed, threshold, keep_scale, B
     return tl.where(b_keep, b_low * keep_scale, 0.0)
 
 
-@triton.jit(do_not_specialize=["M", "seed", "threshold"])
+@triton.jit(do_not_specialize=["M", "seed0", "seed1", "seed2", "threshold"])
 def gemm_kernel(
-    p_x, p_w, p_s, p_b, p_bias, p_y, p_token, M, seed: tl.int64, threshold: tl.int64, keep_scale,
-    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr,
+    p_x, p_w, p_s, p_b, p_bias, p_y, p_token, M, seed0: tl.int64, seed1: tl.int64, seed2: tl.int64, threshold: tl.int64, keep_scale,
+    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, COUNT: tl.constexpr, LR: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
 ):
-    """p_x [M, K]; p_w [N, K] if TRANSPOSED else [K, N]; p_s [M, R]; p_b [N, R] or [R, N] alike; p_y [M, N]."""
+    """p_x [M, K]; p_w [N, K] if TRANSPOSED else [K, N]; p_s [M, LR]; p_b [N, LR] or [LR, N] alike; p_y [M, N].
+
+    The first R of the LR columns count: those of COUNT projections side by side, each with a dropout mask of its own."""
     i_m, i_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     o_m = i_m.to(tl.int64) * BM + tl.arange(0, BM)
     o_n = i_n.to(tl.int64) * BN + tl.arange(0, BN)
@@ -48,27 +50,29 @@ def gemm_kernel(
         b_w = tl.load(p_w + o_w, mask=m_k[:, None] & m_n[None, :], other=0.0)
         b_acc = tl.dot(b_x, b_w, b_acc, input_precision=PRECISION)
     if R > 0:
-        b_low = tl.zeros((BM, BN), dtype=tl.float32) if DROPOUT else b_acc
-        for i_r in tl.static_range(0, R, BR):
-            o_r = i_r + tl.arange(0, BR)
-            b_s = tl.load(p_s + o_m[:, None] * R + o_r[None, :], mask=m_m[:, None], other=0.0)
-            o_b = o_r[:, None] + o_n[None, :] * R if TRANSPOSED else o_r[:, None] * N + o_n[None, :]
-            b_b = tl.load(p_b + o_b, mask=m_n[None, :], other=0.0)
-            b_low = tl.dot(b_s, b_b, b_low, input_precision=PRECISION)
-        if DROPOUT:
-            b_acc += low_rank_dropout(b_low, p_token, o_m, M, i_n * BN, seed, threshold, keep_scale, BM, BN)
-        else:
-            b_acc = b_low
+        for i_p in tl.static_range(COUNT):
+            b_low = tl.zeros((BM, BN), dtype=tl.float32) if DROPOUT else b_acc
+            for i_r in tl.static_range(i_p * (R // COUNT), (i_p + 1) * (R // COUNT), BR):
+                o_r = i_r + tl.arange(0, BR)
+                b_s = tl.load(p_s + o_m[:, None] * LR + o_r[None, :], mask=m_m[:, None], other=0.0)
+                o_b = o_r[:, None] + o_n[None, :] * LR if TRANSPOSED else o_r[:, None] * N + o_n[None, :]
+                b_b = tl.load(p_b + o_b, mask=m_n[None, :], other=0.0)
+                b_low = tl.dot(b_s, b_b, b_low, input_precision=PRECISION)
+            if DROPOUT:
+                seed = seed0 if i_p == 0 else (seed1 if i_p == 1 else seed2)
+                b_acc += low_rank_dropout(b_low, p_token, o_m, M, i_n * BN, seed, threshold, keep_scale, BM, BN)
+            else:
+                b_acc = b_low
     if BIAS:
         b_acc += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
     m_y = m_m[:, None] & m_n[None, :]
     tl.store(p_y + o_m[:, None] * N + o_n[None, :], b_acc.to(p_y.dtype.element_ty), mask=m_y)
 
 
-@triton.jit(do_not_specialize=["M", "seed", "threshold"])
+@triton.jit(do_not_specialize=["M", "seed0", "seed1", "seed2", "threshold"])
 def gemm_tma_kernel(
-    d_x, d_w, d_s, d_b, p_bias, d_y, p_token, M, seed: tl.int64, threshold: tl.int64, keep_scale,
-    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr,
+    d_x, d_w, d_s, d_b, p_bias, d_y, p_token, M, seed0: tl.int64, seed1: tl.int64, seed2: tl.int64, threshold: tl.int64, keep_scale,
+    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, COUNT: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr,
     DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
     GROUP: tl.constexpr, PROGRAMS: tl.constexpr, HALVES: tl.constexpr, FLATTEN: tl.constexpr,
 ):
@@ -91,18 +95,20 @@ def gemm_tma_kernel(
             else:
                 b_acc = tl.dot(b_x, d_w.load([i_k, n0]), b_acc)
         if R > 0:
-            b_low = tl.zeros((BM, BN), dtype=tl.float32) if DROPOUT else b_acc
-            for i_r in tl.static_range(0, R, BR):
-                b_s = d_s.load([m0, i_r])
-                if TRANSPOSED:
-                    b_low = tl.dot(b_s, d_b.load([n0, i_r]).T, b_low)
+            for i_p in tl.static_range(COUNT):
+                b_low = tl.zeros((BM, BN), dtype=tl.float32) if DROPOUT else b_acc
+                for i_r in tl.static_range(i_p * (R // COUNT), (i_p + 1) * (R // COUNT), BR):
+                    b_s = d_s.load([m0, i_r])
+                    if TRANSPOSED:
+                        b_low = tl.dot(b_s, d_b.load([n0, i_r]).T, b_low)
+                    else:
+                        b_low = tl.dot(b_s, d_b.load([i_r, n0]), b_low)
+                if DROPOUT:
+                    o_m = m0.to(tl.int64) + tl.arange(0, BM)
+                    seed = seed0 if i_p == 0 else (seed1 if i_p == 1 else seed2)
+                    b_acc += low_rank_dropout(b_low, p_token, o_m, M, n0, seed, threshold, keep_scale, BM, BN)
                 else:
-                    b_low = tl.dot(b_s, d_b.load([i_r, n0]), b_low)
-            if DROPOUT:
-                o_m = m0.to(tl.int64) + tl.arange(0, BM)
-                b_acc += low_rank_dropout(b_low, p_token, o_m, M, n0, seed, threshold, keep_scale, BM, BN)
-            else:
-                b_acc = b_low
+                    b_acc = b_low
         if BIAS:
             o_n = n0 + tl.arange(0, BN)
             b_acc += tl.load(p_bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
@@ -114,13 +120,15 @@ def gemm_tma_kernel(
             d_y.store([m0, n0], b_acc.to(d_y.dtype))
 
 
-def gemm(x, weight, s=None, b=None, bias=None, *, transposed, dropout=None):
+def gemm(x, weight, s=None, b=None, bias=None, *, transposed, dropout=None, columns=None):
     """out [M, N] = x W' + D'(s B') + bias.
 
     Args:
         x: [M, K] contiguous.
         weight: [N, K] with ``transposed``, else [K, N]; contiguous, x's dtype.
-        s: [M, R] or None (no rank-r product: the frozen linear); b: [N, R] with ``transposed``, else [R, N].
+        s: [M, R] or None (no rank-r product: the frozen linear); b: [N, R] with ``transposed``, else [R, N]. Rank columns of several
+            projections lie side by side; b is then block-diagonal with ``transposed``.
+        columns: with dropout, columns of one projection; None: all R.
         bias: [N] or None.
         dropout: None, or :class:`fastlora.kernels.launch.Dropout` for D'.
     """
@@ -135,18 +143,21 @@ def gemm(x, weight, s=None, b=None, bias=None, *, transposed, dropout=None):
     tma = launch.can_use_tma(arch, x.dtype, inner, outer)
     ragged = launch.is_ragged(x.dtype, inner, outer)
     tile = launch.gemm_tile(arch, x.dtype, dropout=drop.active, tma=tma, ragged=ragged)
-    low_rank = min(rank, tile.bk) if rank else 16
+    # without dropout the projections' products are one product; with it each has its own mask, and padding columns are left out
+    count = len(dropout.seeds) if drop.active else 1
+    used = rank if columns is None or not drop.active else count * columns
+    low_rank = min(used // count, tile.bk) if rank else 16
     common = dict(
-        N=outer, K=inner, R=rank, TRANSPOSED=transposed, BIAS=bias is not None, DROPOUT=drop.active,
+        N=outer, K=inner, R=used, COUNT=count, TRANSPOSED=transposed, BIAS=bias is not None, DROPOUT=drop.active,
         BM=tile.bm, BN=tile.bn, BK=tile.bk, BR=low_rank, GROUP=tile.group,
     )  # fmt: skip
     tiles = launch.cdiv(rows, tile.bm) * launch.cdiv(outer, tile.bn)
-    scalars = (rows, drop.seed, drop.threshold, drop.keep_scale)
+    scalars = (rows, *drop.seeds, drop.threshold, drop.keep_scale)
     if not tma:
         s, b = (x, weight) if s is None else (s, b)
         launch.run(
             gemm_kernel, (tiles,), tile, x, weight, s, b, x if bias is None else bias, out, drop.tokens, *scalars,
-            **common, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+            **common, LR=max(rank, 1), PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         )
         return out
     describe = launch.descriptor

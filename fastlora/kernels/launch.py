@@ -94,17 +94,17 @@ def descriptor(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescripto
 
 @dataclasses.dataclass(frozen=True)
 class Dropout:
-    """Dropout of one projection: probability, 63-bit seed (run, step and module), one int64 key a token [M]."""
+    """Dropout of the projections of one input: probability, a 63-bit seed (run, step and module) each, one int64 key a token [M]."""
 
     p: float
-    seed: int
+    seeds: tuple[int, ...]
     tokens: torch.Tensor
 
 
 class _DropoutArguments(NamedTuple):
     active: bool
     tokens: torch.Tensor
-    seed: int
+    seeds: tuple[int, int, int]
     threshold: int
     keep_scale: float
 
@@ -112,10 +112,9 @@ class _DropoutArguments(NamedTuple):
 def dropout_arguments(dropout: Dropout | None, filler: torch.Tensor) -> _DropoutArguments:
     """Kernel arguments for a dropout, or for none (``filler`` stands in for the unused pointer)."""
     if dropout is None:
-        return _DropoutArguments(False, filler, 0, 0, 1.0)
-    return _DropoutArguments(
-        True, dropout.tokens, dropout.seed, int(dropout.p * 2**32), 1.0 / (1.0 - dropout.p)
-    )
+        return _DropoutArguments(False, filler, (0, 0, 0), 0, 1.0)
+    seeds = (*dropout.seeds, 0, 0)[:3]
+    return _DropoutArguments(True, dropout.tokens, seeds, int(dropout.p * 2**32), 1.0 / (1.0 - dropout.p))
 
 
 _binaries: dict[tuple, tuple] = {}

@@ -1,4 +1,5 @@
-"""Skinny product: S = scale * D(x) A^T (and, at high rank, dS = scale * dY B): one pass over the wide operand.
+"""Skinny product: S = scale * D(x) A^T (and, at high rank, dS = scale * dY B) for the projections of one input, side by side: one pass
+over the wide operand, or one a projection under dropout, whose masks differ.
 
 One program owns BM rows and walks the whole feature axis; there is no split, so each element has one order of
 arithmetic, fixed by (features, rank, dtype, tile row).
@@ -14,57 +15,64 @@ from fastlora.kernels import launch
 from fastlora.kernels.tile import keep_mask
 
 
-@triton.jit(do_not_specialize=["M", "seed", "threshold"])
+@triton.jit(do_not_specialize=["M", "seed0", "seed1", "seed2", "threshold"])
 def project_kernel(
-    p_x, p_w, p_s, p_token, M, scale, seed: tl.int64, threshold: tl.int64, keep_scale,
-    F: tl.constexpr, R: tl.constexpr, W_R: tl.constexpr, W_F: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr,
+    p_x, p_w, p_s, p_scale, p_token, M, seed0: tl.int64, seed1: tl.int64, seed2: tl.int64, threshold: tl.int64, keep_scale,
+    F: tl.constexpr, LR: tl.constexpr, W_R: tl.constexpr, W_F: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr, C: tl.constexpr,
 ):
-    """p_x [M, F] row-major; p_w element (rank, feature) at rank * W_R + feature * W_F; p_s [M, R]."""
+    """p_x [M, F] row-major; p_w element (column, feature) at column * W_R + feature * W_F; p_s [M, LR], of which a program fills C
+    columns; p_scale fp32 [LR]. Under dropout C columns are those of one projection."""
     i_m = tl.program_id(0).to(tl.int64)
+    i_p = tl.program_id(1)
     o_m = i_m * BM + tl.arange(0, BM)
-    o_r = tl.arange(0, R)
+    o_c = i_p * C + tl.arange(0, C)
     m_m = o_m < M
-    b_acc = tl.zeros((BM, R), dtype=tl.float32)
+    b_acc = tl.zeros((BM, C), dtype=tl.float32)
     if DROPOUT:
+        seed = tl.where(i_p == 0, seed0, tl.where(i_p == 1, seed1, seed2))
         b_token = tl.load(p_token + o_m, mask=m_m, other=0)
     for i_f in range(0, F, BF):
         o_f = i_f + tl.arange(0, BF)
         m_f = o_f < F
         b_x = tl.load(p_x + o_m[:, None] * F + o_f[None, :], mask=m_m[:, None] & m_f[None, :], other=0.0)
-        b_w = tl.load(p_w + o_r[None, :] * W_R + o_f[:, None] * W_F, mask=m_f[:, None], other=0.0)
+        b_w = tl.load(p_w + o_c[None, :] * W_R + o_f[:, None] * W_F, mask=m_f[:, None], other=0.0)
         if DROPOUT:
             b_keep = keep_mask(b_token, i_f, seed, threshold, BM, BF)
             b_x = tl.where(b_keep, b_x.to(tl.float32) * keep_scale, 0.0).to(b_x.dtype)
         b_acc = tl.dot(b_x, b_w, b_acc, input_precision=PRECISION)
-    tl.store(
-        p_s + o_m[:, None] * R + o_r[None, :], (b_acc * scale).to(p_s.dtype.element_ty), mask=m_m[:, None]
-    )
+    b_acc *= tl.load(p_scale + o_c)[None, :]
+    tl.store(p_s + o_m[:, None] * LR + o_c[None, :], b_acc.to(p_s.dtype.element_ty), mask=m_m[:, None])
 
 
-def project(x, weight, scale, dropout=None, *, transposed=False):
+# Columns one program can hold beside its accumulator.
+_MOST_COLUMNS = 256
+
+
+def project(x, weight, layout, dropout=None, *, transposed=False):
     """S = scale * D(x) weight^T.
 
     Args:
         x: [M, F], contiguous.
-        weight: [R, F] (or [F, R] with ``transposed``), contiguous, dtype of x; R a padded rank.
-        scale: float.
+        weight: [R, F] (or [F, R] with ``transposed``), contiguous, dtype of x; R = layout.columns.
+        layout: :class:`fastlora.kernels.columns.Columns`.
         dropout: None, or :class:`fastlora.kernels.launch.Dropout`.
 
     Returns:
         [M, R] in x's dtype, rounded once from fp32.
     """
     rows, features = x.shape
-    rank = weight.shape[1] if transposed else weight.shape[0]
-    out = torch.empty(rows, rank, device=x.device, dtype=x.dtype)
+    total = layout.columns
+    out = torch.empty(rows, total, device=x.device, dtype=x.dtype)
     if rows == 0:
         return out
-    tile = launch.project_tile(launch.arch_of(x), x.dtype, rank)
+    columns = min(total, _MOST_COLUMNS) if dropout is None else layout.padded
+    tile = launch.project_tile(launch.arch_of(x), x.dtype, columns)
     drop = launch.dropout_arguments(dropout, x)
     launch.run(
-        project_kernel, (launch.cdiv(rows, tile.bm),), tile,
-        x, weight, out, drop.tokens, rows, float(scale), drop.seed, drop.threshold, drop.keep_scale,
-        F=features, R=rank, W_R=1 if transposed else features, W_F=rank if transposed else 1,
-        DROPOUT=drop.active, PRECISION="ieee" if x.dtype == torch.float32 else "tf32", BM=tile.bm, BF=tile.bk,
-    )
+        project_kernel, (launch.cdiv(rows, tile.bm), total // columns), tile,
+        x, weight, out, layout.scale_of_columns(x.device), drop.tokens, rows, *drop.seeds, drop.threshold, drop.keep_scale,
+        F=features, LR=total, W_R=1 if transposed else features, W_F=total if transposed else 1,
+        DROPOUT=drop.active, PRECISION="ieee" if x.dtype == torch.float32 else "tf32", BM=tile.bm, BF=tile.bk, C=columns,
+    )  # fmt: skip
     return out

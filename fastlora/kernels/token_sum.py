@@ -1,7 +1,8 @@
 """Sums over tokens: dB = dY^T S and dA = dS^T D(x), exact (int64 fixed point) or in fp32, and dS in the same pass.
 
-The one kernel computes wide^T narrow, wide [M, F], narrow [M, R]. A program owns BF features and walks a run of
-128-token chunks. Each chunk's partial [BF, R] is an fp32 sum of fixed order. In exact mode it is rounded to int64
+The one kernel computes wide^T narrow for the projections of one input at once: for dB, wide is dY of all of them side by side and
+each block of its features meets its own projection's columns of S; for dA, wide is x and one pass serves the columns of dS of
+several projections. A program owns BF features and walks a run of 128-token chunks. Each chunk's partial [BF, R] is an fp32 sum of fixed order. In exact mode it is rounded to int64
 (2^-40 a unit, nearest even) and the integers are added in registers, then once by atomics: integer addition has no order, so
 grid, micro-batches and processes give the same bits (the idea: Demmel and Nguyen, "Parallel reproducible summation",
 IEEE TC 2015, here with one fixed bin). In fp32 mode the run's sum is stored and torch adds the runs.
@@ -12,55 +13,84 @@ is recorded; the optimiser refuses the step unless largest x chunks < 2^23, so t
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
 
 from fastlora.kernels import launch
+from fastlora.kernels.columns import MOST
 from fastlora.kernels.tile import CHUNK, keep_mask, to_fixed
 
 
-@triton.jit(do_not_specialize=["M", "chunks", "walk", "first_chunk", "seed", "threshold"])
+@triton.jit(do_not_specialize=["M", "chunks", "walk", "first_chunk", "seed0", "seed1", "seed2", "threshold"])
 def token_sum_kernel(
     p_wide, p_narrow, p_out, p_stats, p_b, p_ds, p_token,
-    M, chunks, walk, first_chunk: tl.int64, seed: tl.int64, threshold: tl.int64, keep_scale,
-    F: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, OUT_F: tl.constexpr, OUT_R: tl.constexpr,
+    M, chunks, walk, first_chunk: tl.int64, seed0: tl.int64, seed1: tl.int64, seed2: tl.int64, threshold: tl.int64, keep_scale,
+    LD: tl.constexpr, LR: tl.constexpr, B_LD: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, PER: tl.constexpr, C: tl.constexpr,
+    START0: tl.constexpr, START1: tl.constexpr, START2: tl.constexpr, F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr,
+    OUT_F: tl.constexpr, OUT_R: tl.constexpr, OUT_SIZE: tl.constexpr,
     EXACT: tl.constexpr, WITH_DS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     CHUNK: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr,
 ):
-    """p_wide [M, F]; p_narrow [M, R]; p_out element (feature, rank) at feature * OUT_F + rank * OUT_R; p_b [F, R];
-    p_ds fp32 [F / BF, M, R] partials of dS. RANK <= R is the rank without padding."""
-    tl.static_assert(BF * R < 65536)  # two counts share one int32 below
+    """p_wide [M, LD]; p_narrow [M, LR]: projection p owns columns p R to p R + RANK.
+
+    Features come in up to three ranges [START, START + F), in blocks that cross none. A program serves PER projections in C >= PER R
+    columns: with PER = 1 that of the feature range (dB), or that of the grid's third axis (dA of one at a time).
+    p_out element (feature, column c of projection p) at feature * OUT_F + (p RANK + c) * OUT_R, in dB at feature * OUT_F + c * OUT_R;
+    p_stats int64 [projections, 4]; p_b element (feature, c) at feature * B_LD + p R + c; p_ds fp32 [blocks, M, R].
+    RANK <= R is the rank without padding."""
+    tl.static_assert(BF * C < 65536)  # two counts share one int32 below
     i_run = tl.program_id(0)
-    i_f = tl.program_id(1)
-    o_f = i_f * BF + tl.arange(0, BF)
-    o_r = tl.arange(0, R)
-    m_f = o_f < F
-    m_out = m_f[:, None] & (o_r < RANK)[None, :]
-    o_out = o_f.to(tl.int64)[:, None] * OUT_F + o_r.to(tl.int64)[None, :] * OUT_R
+    i_block = tl.program_id(1)
+    in0: tl.constexpr = (F0 + BF - 1) // BF
+    in1: tl.constexpr = (F1 + BF - 1) // BF
+    if F1 > 0:
+        i_p = (i_block >= in0).to(tl.int32) + (i_block >= in0 + in1).to(tl.int32)
+        start = tl.where(i_p == 0, START0, tl.where(i_p == 1, START1, START2))
+        width = tl.where(i_p == 0, F0, tl.where(i_p == 1, F1, F2))
+        i_f = i_block - tl.where(i_p == 0, 0, tl.where(i_p == 1, in0, in0 + in1))
+    else:
+        i_p = tl.program_id(2)
+        start = START0
+        width = F0
+        i_f = i_block
+    o_in = i_f * BF + tl.arange(0, BF)
+    o_f = start + o_in
+    o_c = tl.arange(0, C)
+    m_f = o_in < width
+    m_c = (o_c % R < RANK) & (o_c // R < PER)
+    m_out = m_f[:, None] & m_c[None, :]
+    o_row = (o_c // R) * RANK + o_c % R
+    if F1 == 0:
+        o_row += i_p * RANK
+    o_out = o_f.to(tl.int64)[:, None] * OUT_F + o_row.to(tl.int64)[None, :] * OUT_R
+    p_narrow += i_p * R
     if WITH_DS:
-        b_b = tl.load(p_b + o_f.to(tl.int64)[:, None] * R + o_r[None, :], mask=m_f[:, None], other=0.0)
-        p_ds += i_f.to(tl.int64) * M * R
-    b_sum = tl.zeros((BF, R), dtype=tl.float32)
+        b_b = tl.load(p_b + i_p * R + o_f.to(tl.int64)[:, None] * B_LD + o_c[None, :], mask=m_f[:, None], other=0.0)
+        p_ds += i_block.to(tl.int64) * M * R
+    if DROPOUT:
+        seed = tl.where(i_p == 0, seed0, tl.where(i_p == 1, seed1, seed2))
+    b_sum = tl.zeros((BF, C), dtype=tl.float32)
     if EXACT:
-        b_total = tl.zeros((BF, R), dtype=tl.int64)
-        largest = tl.full((), 0, tl.int32)
-        nonzero = tl.full((), 0, tl.int32)
-        weak = tl.full((), 0, tl.int32)
-        broken = tl.full((), 4611686018427387904, tl.int64)  # 2^62: none
+        b_total = tl.zeros((BF, C), dtype=tl.int64)
+        b_top = tl.zeros((C,), tl.int32)
+        b_counts = tl.zeros((C,), tl.int64)  # non-zero ones, and times 2^32 those that keep under 10 bits
+        b_broken = tl.full((C,), 4611686018427387904, tl.int64)  # 2^62: none
     first = i_run * walk
     last = tl.minimum(first + walk, chunks)
     for i_chunk in range(first, last):
         if EXACT:
-            b_sum = tl.zeros((BF, R), dtype=tl.float32)
+            b_sum = tl.zeros((BF, C), dtype=tl.float32)
         for i_step in tl.static_range(0, CHUNK, BM):
             o_m = (i_chunk * CHUNK + i_step + tl.arange(0, BM)).to(tl.int64)
             m_m = o_m < M
-            b_wide = tl.load(p_wide + o_m[:, None] * F + o_f[None, :], mask=m_m[:, None] & m_f[None, :], other=0.0)
-            b_narrow = tl.load(p_narrow + o_m[:, None] * R + o_r[None, :], mask=m_m[:, None], other=0.0)
+            b_wide = tl.load(p_wide + o_m[:, None] * LD + o_f[None, :], mask=m_m[:, None] & m_f[None, :], other=0.0)
+            b_narrow = tl.load(p_narrow + o_m[:, None] * LR + o_c[None, :], mask=m_m[:, None], other=0.0)
             if WITH_DS:
                 b_ds = tl.dot(b_wide, b_b, input_precision=PRECISION)
-                tl.store(p_ds + o_m[:, None] * R + o_r[None, :], b_ds, mask=m_m[:, None])
+                tl.store(p_ds + o_m[:, None] * R + o_c[None, :], b_ds, mask=m_m[:, None])
             if DROPOUT:
                 b_token = tl.load(p_token + o_m, mask=m_m, other=0)
                 b_keep = keep_mask(b_token, i_f * BF, seed, threshold, BM, BF)
@@ -69,87 +99,154 @@ def token_sum_kernel(
         if EXACT:
             # |partial| as its bit pattern: orders like the number, and anything non-finite lies at or above inf.
             b_bits = b_sum.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-            top = tl.max(tl.max(b_bits, 1), 0)
-            if top >= 0x7F800000:
-                broken = tl.minimum(broken, first_chunk + i_chunk)
-            else:
-                largest = tl.maximum(largest, top)
-                b_total += to_fixed(b_sum)
+            b_peak = tl.max(b_bits, 0)
+            b_bad = b_peak >= 0x7F800000
+            b_broken = tl.where(b_bad, tl.minimum(b_broken, first_chunk + i_chunk), b_broken)
+            b_top = tl.maximum(b_top, tl.where(b_bad, 0, b_peak))
+            b_total += to_fixed(tl.where(b_bad[None, :], 0.0, b_sum))
             # 0x30800000 = 2^-30: below it fewer than 10 bits of the partial are kept
-            b_count = (b_bits > 0).to(tl.int32) + ((b_bits > 0) & (b_bits < 0x30800000)).to(tl.int32) * 65536
-            count = tl.sum(tl.sum(b_count, 1), 0)
-            nonzero += count & 0xFFFF
-            weak += count >> 16
+            b_count = tl.sum((b_bits > 0).to(tl.int32) + ((b_bits > 0) & (b_bits < 0x30800000)).to(tl.int32) * 65536, 0)
+            b_counts += (b_count & 0xFFFF).to(tl.int64) + ((b_count >> 16).to(tl.int64) << 32)
     if EXACT:
         tl.atomic_add(p_out + o_out, b_total, mask=m_out, sem="relaxed")
-        tl.atomic_min(p_stats, broken, sem="relaxed")
-        tl.atomic_max(p_stats + 1, largest.to(tl.int64), sem="relaxed")
-        tl.atomic_add(p_stats + 2, nonzero.to(tl.int64), sem="relaxed")
-        tl.atomic_add(p_stats + 3, weak.to(tl.int64), sem="relaxed")
+        for i_q in tl.static_range(PER):
+            m_q = o_c // R == i_q
+            p_q = p_stats + (i_p + i_q) * 4
+            counts = tl.sum(tl.where(m_q, b_counts, 0), 0)
+            tl.atomic_min(p_q, tl.min(tl.where(m_q, b_broken, 4611686018427387904), 0), sem="relaxed")
+            tl.atomic_max(p_q + 1, tl.max(tl.where(m_q, b_top, 0), 0).to(tl.int64), sem="relaxed")
+            tl.atomic_add(p_q + 2, counts & 0xFFFFFFFF, sem="relaxed")
+            tl.atomic_add(p_q + 3, counts >> 32, sem="relaxed")
     else:
-        tl.store(p_out + i_run.to(tl.int64) * F * RANK + o_out, b_sum, mask=m_out)
+        tl.store(p_out + i_run.to(tl.int64) * OUT_SIZE + o_out, b_sum, mask=m_out)
 
 
 @triton.jit(do_not_specialize=["M"])
-def reduce_ds_kernel(p_part, p_ds, M, scale, R: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr):
-    """dS [M, R] = round(scale * sum of the PARTS fp32 partials, added in order)."""
+def reduce_ds_kernel(
+    p_part, p_ds, p_scale, M, R: tl.constexpr, LR: tl.constexpr, PARTS0: tl.constexpr, PARTS1: tl.constexpr,
+    PARTS2: tl.constexpr, BM: tl.constexpr,
+):
+    """dS [M, LR] = round(scale * sum of a projection's fp32 partials, added in order); columns of no projection are zeroed."""
     o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    i_p = tl.program_id(1)
     o_r = tl.arange(0, R)
     m_m = (o_m < M)[:, None]
+    first = tl.where(i_p == 0, 0, tl.where(i_p == 1, PARTS0, PARTS0 + PARTS1))
+    parts = tl.where(i_p == 0, PARTS0, tl.where(i_p == 1, PARTS1, tl.where(i_p == 2, PARTS2, 0)))
     b_acc = tl.zeros((BM, R), dtype=tl.float32)
-    for i_part in range(PARTS):
+    for i_part in range(first, first + parts):
         p_row = p_part + (o_m + i_part * M.to(tl.int64))[:, None] * R + o_r[None, :]
         b_acc += tl.load(p_row, mask=m_m, other=0.0)
-    tl.store(p_ds + o_m[:, None] * R + o_r[None, :], (b_acc * scale).to(p_ds.dtype.element_ty), mask=m_m)
+    b_acc *= tl.load(p_scale + i_p * R + o_r)[None, :]
+    tl.store(p_ds + i_p * R + o_m[:, None] * LR + o_r[None, :], b_acc.to(p_ds.dtype.element_ty), mask=m_m)
 
 
-def token_sum(wide, narrow, rank, *, feature_major, exact=None, dropout=None, b=None, ds_scale=None):
-    """wide^T narrow over all tokens, and dS = ds_scale * wide b in the same pass when ``b`` is given.
+@dataclasses.dataclass(frozen=True)
+class Sink:
+    """Where exact sums go: int64 ``total`` and ``stats`` [projections, 4] that hold the ``parts`` (TokenSum), one a projection."""
 
-    Args:
-        wide: [M, F] contiguous; narrow: [M, R] contiguous, R the padded rank; both of one dtype.
-        rank: the rank without padding; columns beyond it are not written.
-        feature_major: the result's layout: True [F, rank] (dB), False [rank, F] (dA).
-        exact: None for fp32 sums, or :class:`fastlora.exact.TokenSum` to add to.
-        dropout: None, or :class:`fastlora.kernels.launch.Dropout` applied to ``wide``.
-        b: [F, R] contiguous, or None.
+    total: torch.Tensor
+    stats: torch.Tensor
+    parts: tuple
 
-    Returns:
-        (sum fp32 or None in exact mode, dS [M, R] or None)
-    """
-    rows, features = wide.shape
-    padded = narrow.shape[1]
-    shape = (features, rank) if feature_major else (rank, features)
-    with_ds = b is not None
-    ds = torch.empty(rows, padded, device=wide.device, dtype=wide.dtype) if with_ds else None
-    if rows == 0:
-        return (None if exact is not None else torch.zeros(shape, device=wide.device)), ds
-    arch = launch.arch_of(wide)
-    tile = launch.token_sum_tile(arch, wide.dtype, padded, with_ds=with_ds)
+    @staticmethod
+    def of(total) -> Sink:
+        """The sink of a single :class:`fastlora.exact.TokenSum`."""
+        return Sink(total.total, total.stats, (total,))
+
+    def count(self, chunks: int) -> int:
+        """Count chunks in every part; the number of the first of them."""
+        first = self.parts[0].chunks
+        for part in self.parts:
+            part.count(chunks)
+        return first
+
+
+def _launch_sum(wide, narrow, layout, tile, *, shape, sink, ranges, per, columns, feature_major, dropout=None, b=None, partial=None):
+    """The kernel's one call; the fp32 sum of ``shape``, or None with a sink."""
+    rows = wide.shape[0]
     chunks = launch.cdiv(rows, CHUNK)
-    blocks = launch.cdiv(features, tile.bn)
+    blocks = sum(launch.cdiv(width, tile.bn) for _, width in ranges)
     walk = launch.chunks_per_program(chunks, blocks, wide.device)
     runs = launch.cdiv(chunks, walk)
-    partial = torch.empty(blocks, rows, padded, device=wide.device, dtype=torch.float32) if with_ds else narrow
-    if exact is not None:
-        out, stats, first = exact.total, exact.stats, exact.chunks
-        exact.count(chunks)
+    depth = layout.count if not feature_major and per == 1 else 1
+    starts, widths = zip(*(*ranges, (0, 0), (0, 0))[:MOST])
+    if sink is not None:
+        out, stats, first = sink.total, sink.stats, sink.count(chunks)
     else:
         out, stats, first = torch.empty(runs, *shape, device=wide.device, dtype=torch.float32), narrow, 0
     drop = launch.dropout_arguments(dropout, wide)
     launch.run(
-        token_sum_kernel, (runs, blocks), tile,
-        wide, narrow, out, stats, b if with_ds else narrow, partial, drop.tokens,
-        rows, chunks, walk, first, drop.seed, drop.threshold, drop.keep_scale,
-        F=features, R=padded, RANK=rank,
-        OUT_F=rank if feature_major else 1, OUT_R=1 if feature_major else features,
-        EXACT=exact is not None, WITH_DS=with_ds, DROPOUT=drop.active,
+        token_sum_kernel, (runs, blocks, depth), tile,
+        wide, narrow, out, stats, narrow if b is None else b, narrow if partial is None else partial, drop.tokens,
+        rows, chunks, walk, first, *drop.seeds, drop.threshold, drop.keep_scale,
+        LD=wide.shape[1], LR=narrow.shape[1], B_LD=layout.columns, R=layout.padded, RANK=layout.rank, PER=per, C=columns,
+        START0=starts[0], START1=starts[1], START2=starts[2], F0=widths[0], F1=widths[1], F2=widths[2],
+        OUT_F=layout.rank if feature_major else 1, OUT_R=1 if feature_major else wide.shape[1], OUT_SIZE=shape[0] * shape[1],
+        EXACT=sink is not None, WITH_DS=partial is not None, DROPOUT=drop.active,
         PRECISION="ieee" if wide.dtype == torch.float32 else "tf32", CHUNK=CHUNK, BM=tile.bm, BF=tile.bn,
-    )
-    if with_ds:
-        reduce = launch.reduce_tile(padded)
+    )  # fmt: skip
+    return None if sink is not None else out.sum(0)
+
+
+def sum_b(dy, s, layout, *, sink=None, b=None):
+    """dB = dY^T S for all projections in one pass over dY, and dS in the same pass when ``b`` is given.
+
+    Args:
+        dy: [M, N] contiguous, the projections' outputs side by side; s: [M, layout.columns]; one dtype.
+        layout: :class:`fastlora.kernels.columns.Columns`.
+        sink: None for fp32 sums, or :class:`Sink` of totals [N, layout.rank].
+        b: [N, layout.columns] block-diagonal, or None.
+
+    Returns:
+        (fp32 [N, layout.rank] or None with a sink, dS [M, layout.columns] in dy's dtype or None)
+    """
+    rows, shape = dy.shape[0], (dy.shape[1], layout.rank)
+    ds = None if b is None else torch.empty(rows, layout.columns, device=dy.device, dtype=dy.dtype)
+    if rows == 0:
+        return (None if sink is not None else torch.zeros(shape, device=dy.device)), ds
+    tile = launch.token_sum_tile(launch.arch_of(dy), dy.dtype, layout.padded, with_ds=b is not None)
+    parts = [launch.cdiv(width, tile.bn) for width in layout.widths]
+    partial = None
+    if b is not None:
+        partial = torch.empty(sum(parts), rows, layout.padded, device=dy.device, dtype=torch.float32)
+    db = _launch_sum(
+        dy, s, layout, tile, shape=shape, sink=sink, ranges=layout.ranges, per=1, columns=layout.padded, feature_major=True,
+        b=b, partial=partial,
+    )  # fmt: skip
+    if b is not None:
+        reduce = launch.reduce_tile(layout.padded)
+        parts += [0] * (MOST - len(parts))
         launch.run(
-            reduce_ds_kernel, (launch.cdiv(rows, reduce.bm),), reduce,
-            partial, ds, rows, float(ds_scale), R=padded, PARTS=blocks, BM=reduce.bm,
-        )
-    return (None if exact is not None else out.sum(0)), ds
+            reduce_ds_kernel, (launch.cdiv(rows, reduce.bm), layout.columns // layout.padded), reduce,
+            partial, ds, layout.scale_of_columns(dy.device), rows,
+            R=layout.padded, LR=layout.columns, PARTS0=parts[0], PARTS1=parts[1], PARTS2=parts[2], BM=reduce.bm,
+        )  # fmt: skip
+    return db, ds
+
+
+# Columns of dS that one pass over x serves: more, and the integers of a program spill.
+MOST_COLUMNS = 64
+
+
+def sum_a(x, ds, layout, *, sink=None, dropout=None):
+    """dA = dS^T D(x) for all projections: one pass over x, or one a projection where ranks are high or dropout masks differ.
+
+    Args:
+        x: [M, K] contiguous; ds: [M, layout.columns]; one dtype.
+        sink: None for fp32 sums, or :class:`Sink` of totals [projections * layout.rank, K].
+        dropout: None, or :class:`fastlora.kernels.launch.Dropout`.
+
+    Returns:
+        fp32 [projections * layout.rank, K], or None with a sink.
+    """
+    shape = (layout.count * layout.rank, x.shape[1])
+    if x.shape[0] == 0:
+        return None if sink is not None else torch.zeros(shape, device=x.device)
+    together = layout.count == 1 or (dropout is None and layout.columns <= MOST_COLUMNS)
+    per, columns = (layout.count, layout.columns) if together else (1, layout.padded)
+    tile = launch.token_sum_tile(launch.arch_of(x), x.dtype, columns, with_ds=False)
+    return _launch_sum(
+        x, ds, layout, tile, shape=shape, sink=sink, ranges=((0, x.shape[1]),), per=per, columns=columns, feature_major=False,
+        dropout=dropout,
+    )  # fmt: skip

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import torch
 
+from fastlora.kernels.columns import single
 from fastlora.kernels.gemm import gemm
 from fastlora.kernels.launch import Dropout, padded_rank
 from fastlora.kernels.project import project
 from fastlora.kernels.tables import DS_IN_TOKEN_SUM_MAX_RANK
-from fastlora.kernels.token_sum import token_sum
+from fastlora.kernels.token_sum import Sink, sum_a, sum_b
 
 
 def kernel_ready(tensor: torch.Tensor) -> torch.Tensor:
@@ -25,7 +26,7 @@ def kernel_ready(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _dropout(p: float, key) -> Dropout | None:
-    return None if p == 0.0 else Dropout(p, key.seed, kernel_ready(key.tokens))
+    return None if p == 0.0 else Dropout(p, (key.seed,), kernel_ready(key.tokens))
 
 
 def padded_a(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -51,7 +52,7 @@ def padded_b(b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def forward_triton(x, weight, a, b, scale, bias=None, dropout=0.0, key=None):
     """(y [M, N], s [M, R]); R the padded rank. See ``reference.forward_ref``."""
     x, weight = kernel_ready(x), kernel_ready(weight)
-    s = project(x, padded_a(a, x.dtype), scale, _dropout(dropout, key))
+    s = project(x, padded_a(a, x.dtype), single(a.shape[0], weight.shape[0], scale), _dropout(dropout, key))
     bias = None if bias is None else kernel_ready(bias)
     return gemm(x, weight, s, padded_b(b, x.dtype), bias, transposed=True), s
 
@@ -65,14 +66,19 @@ def backward_triton(
     rank = a.shape[0] if sums_a is None else sums_a.total.shape[0]
     b_padded = padded_b(b, x.dtype)
     drop = _dropout(dropout, key)
-    if s.shape[1] <= DS_IN_TOKEN_SUM_MAX_RANK:
-        db, ds = token_sum(dy, s, rank, feature_major=True, exact=sums_b, b=b_padded, ds_scale=scale)
-    else:
-        ds = project(dy, b_padded, scale, transposed=True)
-        db, _ = token_sum(dy, s, rank, feature_major=True, exact=sums_b)
+    layout = single(rank, dy.shape[1], scale)
+    db, ds = low_rank_gradients(dy, s, b_padded, layout, None if sums_b is None else Sink.of(sums_b))
     dx = gemm(dy, weight, ds, padded_a(a, x.dtype), transposed=False, dropout=drop) if needs_dx else None
-    da, _ = token_sum(x, ds, rank, feature_major=False, exact=sums_a, dropout=drop)
+    da = sum_a(x, ds, layout, sink=None if sums_a is None else Sink.of(sums_a), dropout=drop)
     return dx, da, db
+
+
+def low_rank_gradients(dy, s, b, layout, sink):
+    """(dB or None with a sink, dS): one pass over dY up to the rank where partials of dS cost more than a second one."""
+    if layout.padded <= DS_IN_TOKEN_SUM_MAX_RANK:
+        return sum_b(dy, s, layout, sink=sink, b=b)
+    ds = project(dy, b, layout, transposed=True)
+    return sum_b(dy, s, layout, sink=sink)[0], ds
 
 
 def frozen_forward(x, weight, bias=None):

@@ -1,0 +1,118 @@
+"""RMSNorm with a frozen weight, forward and backward: a program handles whole rows, one pass over memory.
+
+    n = h / sqrt(mean(h^2) + eps)      x = w n
+    dn = w dx                          dh = residual + (dn - n mean(n dn)) / sqrt(mean(h^2) + eps)
+
+The residual sum before the norm rides along in the forward (``add``), the residual's gradient in the backward, and the
+backward can give ``x`` again, so that nobody keeps it. Source: Zhang and Sennrich, "Root mean square layer normalization" (2019).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlora.kernels import launch
+from fastlora.kernels.row_tables import norm_tile
+from fastlora.kernels.rows import norm_factor, norm_scaled, ready
+
+
+@triton.jit(do_not_specialize=["M"])
+def norm_forward_kernel(
+    p_h, p_add, p_w, p_x, p_rstd, p_total, M, eps, scale,
+    K: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr, STYLE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """p_h, p_add, p_x, p_total [M, K]; p_w [K]; p_rstd fp32 [M]. total = h + scale * add, each step rounded to the dtype."""
+    o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    o_k = tl.arange(0, BK)
+    m_m, m_k = o_m < M, o_k < K
+    m_h = m_m[:, None] & m_k[None, :]
+    o_h = o_m[:, None] * K + o_k[None, :]
+    b_h = tl.load(p_h + o_h, mask=m_h, other=0.0)
+    if ADD:
+        b_add = tl.load(p_add + o_h, mask=m_h, other=0.0)
+        if SCALED:
+            b_add = (b_add.to(tl.float32) * scale).to(b_h.dtype)
+        b_h = (b_h.to(tl.float32) + b_add.to(tl.float32)).to(b_h.dtype)
+        tl.store(p_total + o_h, b_h, mask=m_h)
+    b_w = norm_factor(tl.load(p_w + o_k, mask=m_k, other=0.0), STYLE)
+    b_f = b_h.to(tl.float32)
+    b_rstd = tl.rsqrt(tl.sum(b_f * b_f, 1) * (1.0 / K) + eps)
+    tl.store(p_rstd + o_m, b_rstd, mask=m_m)
+    tl.store(p_x + o_h, norm_scaled(b_f * b_rstd[:, None], b_w[None, :], STYLE, b_h.dtype), mask=m_h)
+
+
+@triton.jit(do_not_specialize=["M"])
+def norm_backward_kernel(
+    p_dx, p_h, p_rstd, p_w, p_residual, p_dh, p_x, M,
+    K: tl.constexpr, RESIDUAL: tl.constexpr, EMIT: tl.constexpr, STYLE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """p_dx, p_h, p_residual, p_dh, p_x [M, K]; p_rstd fp32 [M]; p_w [K]. dh is summed in fp32 and rounded once."""
+    o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    o_k = tl.arange(0, BK)
+    m_m, m_k = o_m < M, o_k < K
+    m_h = m_m[:, None] & m_k[None, :]
+    o_h = o_m[:, None] * K + o_k[None, :]
+    b_h = tl.load(p_h + o_h, mask=m_h, other=0.0)
+    b_dx = tl.load(p_dx + o_h, mask=m_h, other=0.0)
+    b_rstd = tl.load(p_rstd + o_m, mask=m_m, other=0.0)[:, None]
+    b_w = norm_factor(tl.load(p_w + o_k, mask=m_k, other=0.0), STYLE)[None, :]
+    if RESIDUAL:
+        b_residual = tl.load(p_residual + o_h, mask=m_h, other=0.0)
+    b_n = b_h.to(tl.float32) * b_rstd
+    b_dn = b_dx.to(tl.float32) * b_w
+    b_mean = tl.sum(b_n * b_dn, 1) * (1.0 / K)
+    b_dh = (b_dn - b_n * b_mean[:, None]) * b_rstd
+    if RESIDUAL:
+        b_dh += b_residual.to(tl.float32)
+    tl.store(p_dh + o_h, b_dh.to(b_h.dtype), mask=m_h)
+    if EMIT:
+        tl.store(p_x + o_h, norm_scaled(b_n, b_w, STYLE, b_h.dtype), mask=m_h)
+
+
+def norm_forward(h, weight, eps, style, *, add=None, scale=1.0):
+    """(x [M, K], rstd fp32 [M], total [M, K]): RMSNorm of h, or of the residual sum total = h + scale * add.
+
+    Args:
+        h: [M, K]; weight: [K]; style: of ``ops.rms_norm.STYLES``, which says where x is rounded.
+        add: [M, K] or None (then total is h). scale * add is rounded to the dtype, then the sum (in fp32 the compiler may fuse
+            the two); the norm reads the rounded sum.
+    """
+    h, weight = ready(h), ready(weight)
+    rows, width = h.shape
+    added = add is not None
+    add = ready(add) if added else h
+    x = torch.empty_like(h)
+    rstd = torch.empty(rows, device=h.device, dtype=torch.float32)
+    total = torch.empty_like(h) if added else h
+    if rows:
+        tile = norm_tile(launch.arch_of(h), h.dtype, width, backward=False)
+        launch.run(
+            norm_forward_kernel, (launch.cdiv(rows, tile.bm),), tile,
+            h, add, weight, x, rstd, total, rows, float(eps), float(scale),
+            K=width, ADD=added, SCALED=float(scale) != 1.0, STYLE=style, BM=tile.bm, BK=tile.bk,
+        )
+    return x, rstd, total
+
+
+def norm_backward(dx, h, rstd, weight, style, *, residual=None, emit=False):
+    """(dh [M, K], x [M, K] or None): dh = residual + the norm's gradient, summed in fp32 and rounded once.
+
+    Args:
+        dx: [M, K], the gradient of x; h: [M, K], what was normalised (``total``); rstd: fp32 [M] as the forward gave it.
+        residual: [M, K] or None, a gradient of h from elsewhere.
+        emit: also give x again, bit-equal to the forward's.
+    """
+    dx, h, weight = ready(dx), ready(h), ready(weight)
+    rows, width = h.shape
+    dh = torch.empty_like(h)
+    x = torch.empty_like(h) if emit else None
+    if rows:
+        tile = norm_tile(launch.arch_of(h), h.dtype, width, backward=True)
+        launch.run(
+            norm_backward_kernel, (launch.cdiv(rows, tile.bm),), tile,
+            dx, h, ready(rstd), weight, h if residual is None else ready(residual), dh, x if emit else dh, rows,
+            K=width, RESIDUAL=residual is not None, EMIT=emit, STYLE=style, BM=tile.bm, BK=tile.bk,
+        )
+    return dh, x
