@@ -26,6 +26,24 @@ def low_rank_dropout(b_low, p_token, o_m, M, i_n, seed, threshold, keep_scale, B
     return tl.where(b_keep, b_low * keep_scale, 0.0)
 
 
+@triton.jit
+def rank_blocks(p_s, p_b, o_m, o_n, o_r, m_m, m_n, N: tl.constexpr, LR: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Blocks of s [M, LR] and of b, [N, LR] if TRANSPOSED else [LR, N], for some of the rank columns."""
+    b_s = tl.load(p_s + o_m[:, None] * LR + o_r[None, :], mask=m_m[:, None], other=0.0)
+    o_b = o_r[:, None] + o_n[None, :] * LR if TRANSPOSED else o_r[:, None] * N + o_n[None, :]
+    return b_s, tl.load(p_b + o_b, mask=m_n[None, :], other=0.0)
+
+
+@triton.jit
+def rank_product(d_s, d_b, b_acc, m0, n0, i_r, TRANSPOSED: tl.constexpr):
+    """b_acc plus the product of one block of rank columns, by descriptors."""
+    b_s = d_s.load([m0, i_r])
+    if TRANSPOSED:
+        return tl.dot(b_s, d_b.load([n0, i_r]).T, b_acc)
+    else:
+        return tl.dot(b_s, d_b.load([i_r, n0]), b_acc)
+
+
 @triton.jit(do_not_specialize=["M", "seed0", "seed1", "seed2", "threshold"])
 def gemm_kernel(
     p_x, p_w, p_s, p_b, p_bias, p_y, p_token, M, seed0: tl.int64, seed1: tl.int64, seed2: tl.int64, threshold: tl.int64, keep_scale,
@@ -50,19 +68,19 @@ def gemm_kernel(
         b_w = tl.load(p_w + o_w, mask=m_k[:, None] & m_n[None, :], other=0.0)
         b_acc = tl.dot(b_x, b_w, b_acc, input_precision=PRECISION)
     if R > 0:
-        for i_p in tl.static_range(COUNT):
-            b_low = tl.zeros((BM, BN), dtype=tl.float32) if DROPOUT else b_acc
-            for i_r in tl.static_range(i_p * (R // COUNT), (i_p + 1) * (R // COUNT), BR):
-                o_r = i_r + tl.arange(0, BR)
-                b_s = tl.load(p_s + o_m[:, None] * LR + o_r[None, :], mask=m_m[:, None], other=0.0)
-                o_b = o_r[:, None] + o_n[None, :] * LR if TRANSPOSED else o_r[:, None] * N + o_n[None, :]
-                b_b = tl.load(p_b + o_b, mask=m_n[None, :], other=0.0)
-                b_low = tl.dot(b_s, b_b, b_low, input_precision=PRECISION)
-            if DROPOUT:
-                seed = seed0 if i_p == 0 else (seed1 if i_p == 1 else seed2)
+        if DROPOUT:
+            for i_p in range(COUNT):
+                b_low = tl.zeros((BM, BN), dtype=tl.float32)
+                for i_r in tl.static_range(0, R // COUNT, BR):
+                    o_r = i_p * (R // COUNT) + i_r + tl.arange(0, BR)
+                    b_s, b_b = rank_blocks(p_s, p_b, o_m, o_n, o_r, m_m, m_n, N, LR, TRANSPOSED)
+                    b_low = tl.dot(b_s, b_b, b_low, input_precision=PRECISION)
+                seed = tl.where(i_p == 0, seed0, tl.where(i_p == 1, seed1, seed2))
                 b_acc += low_rank_dropout(b_low, p_token, o_m, M, i_n * BN, seed, threshold, keep_scale, BM, BN)
-            else:
-                b_acc = b_low
+        else:
+            for i_r in tl.static_range(0, R, BR):
+                b_s, b_b = rank_blocks(p_s, p_b, o_m, o_n, i_r + tl.arange(0, BR), m_m, m_n, N, LR, TRANSPOSED)
+                b_acc = tl.dot(b_s, b_b, b_acc, input_precision=PRECISION)
     if BIAS:
         b_acc += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
     m_y = m_m[:, None] & m_n[None, :]
@@ -95,20 +113,17 @@ def gemm_tma_kernel(
             else:
                 b_acc = tl.dot(b_x, d_w.load([i_k, n0]), b_acc)
         if R > 0:
-            for i_p in tl.static_range(COUNT):
-                b_low = tl.zeros((BM, BN), dtype=tl.float32) if DROPOUT else b_acc
-                for i_r in tl.static_range(i_p * (R // COUNT), (i_p + 1) * (R // COUNT), BR):
-                    b_s = d_s.load([m0, i_r])
-                    if TRANSPOSED:
-                        b_low = tl.dot(b_s, d_b.load([n0, i_r]).T, b_low)
-                    else:
-                        b_low = tl.dot(b_s, d_b.load([i_r, n0]), b_low)
-                if DROPOUT:
+            if DROPOUT:
+                for i_p in range(COUNT):
+                    b_low = tl.zeros((BM, BN), dtype=tl.float32)
+                    for i_r in tl.static_range(0, R // COUNT, BR):
+                        b_low = rank_product(d_s, d_b, b_low, m0, n0, i_p * (R // COUNT) + i_r, TRANSPOSED)
                     o_m = m0.to(tl.int64) + tl.arange(0, BM)
-                    seed = seed0 if i_p == 0 else (seed1 if i_p == 1 else seed2)
+                    seed = tl.where(i_p == 0, seed0, tl.where(i_p == 1, seed1, seed2))
                     b_acc += low_rank_dropout(b_low, p_token, o_m, M, n0, seed, threshold, keep_scale, BM, BN)
-                else:
-                    b_acc = b_low
+            else:
+                for i_r in tl.static_range(0, R, BR):
+                    b_acc = rank_product(d_s, d_b, b_acc, m0, n0, i_r, TRANSPOSED)
         if BIAS:
             o_n = n0 + tl.arange(0, BN)
             b_acc += tl.load(p_bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]

@@ -110,7 +110,7 @@ def token_sum_tile(arch: str, dtype: torch.dtype, rank: int, *, with_ds: bool) -
             return Tile(64, 128 if rank <= 16 else 64, warps=4, stages=2)
         return Tile(64, 256 if rank <= 16 and arch == "sm_90" else 128, warps=4 if rank <= 16 else 8, stages=3)
     if rank <= 64:
-        return Tile(64, 64, warps=8 if arch == "sm_120" else 4, stages=4 if arch == "sm_90" else 2)
+        return Tile(64, 64, warps=8 if arch == "sm_120" or rank > 32 else 4, stages=4 if arch == "sm_90" else 2)
     if rank <= 128:
         return Tile(64, 64, warps=8, stages=2)
     return Tile(32, 16, warps=8, stages=1) if arch == "gfx942" else Tile(64, 32, warps=8, stages=2)

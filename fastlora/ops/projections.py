@@ -51,6 +51,9 @@ class Projections:
         self._seen: tuple = ()
         self._sinks: tuple[Sink, Sink] | None = None
         self.layout: Columns | None = None
+
+    def attach(self) -> None:
+        """From now on the layers' exact sums are views of the group's."""
         for place, module in enumerate(self.adapted):
             module.sums_from = functools.partial(self._sums, place)
 
