@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench import gate_attention
+from bench import gate_attention, gate_rows
 from fastlora.kernels import gemm as gemm_file
 from fastlora.kernels import project as project_file
 from fastlora.kernels import tables
@@ -83,6 +83,8 @@ def build_arguments(case: Case):
     precision = "ieee" if case.dtype == torch.float32 else "tf32"
     if case.operation in gate_attention.OPERATIONS:
         return gate_attention.build_arguments(case, element)
+    if case.operation in gate_rows.OPERATIONS:
+        return gate_rows.build_arguments(case, element)
     if case.operation == "project":
         columns = layout.padded if case.dropout else min(layout.columns, 256)
         tile = tables.project_tile(case.arch, case.dtype, columns)
@@ -200,7 +202,7 @@ def all_cases() -> list[Case]:
         cases += [Case("gemm", arch, outer=257, inner=129), Case("gemm", arch, torch.float16)]
         for head in (64, 128, 256)[: 2 if tables.ATTENTION_MAX_HEAD[arch] == 128 else 3]:
             cases += [Case(op, arch, outer=head, inner=0) for op in gate_attention.OPERATIONS]
-    return cases
+    return cases + gate_rows.all_cases(Case)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels import launch
-from fastlora.kernels.row_tables import norm_tile
+from fastlora.kernels.row_tables import norm_tile, reads_again
 from fastlora.kernels.rows import norm_factor, norm_scaled, ready
 
 
@@ -46,9 +46,13 @@ def norm_forward_kernel(
 @triton.jit(do_not_specialize=["M"])
 def norm_backward_kernel(
     p_dx, p_h, p_rstd, p_w, p_residual, p_dh, p_x, M,
-    K: tl.constexpr, RESIDUAL: tl.constexpr, EMIT: tl.constexpr, STYLE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    K: tl.constexpr, RESIDUAL: tl.constexpr, EMIT: tl.constexpr, STYLE: tl.constexpr, AGAIN: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """p_dx, p_h, p_residual, p_dh, p_x [M, K]; p_rstd fp32 [M]; p_w [K]. dh is summed in fp32 and rounded once."""
+    """p_dx, p_h, p_residual, p_dh, p_x [M, K]; p_rstd fp32 [M]; p_w [K]. dh is summed in fp32 and rounded once.
+
+    AGAIN: rows too long to stay in registers are read once more (from cache) after the mean.
+    """
     o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     o_k = tl.arange(0, BK)
     m_m, m_k = o_m < M, o_k < K
@@ -58,11 +62,20 @@ def norm_backward_kernel(
     b_dx = tl.load(p_dx + o_h, mask=m_h, other=0.0)
     b_rstd = tl.load(p_rstd + o_m, mask=m_m, other=0.0)[:, None]
     b_w = norm_factor(tl.load(p_w + o_k, mask=m_k, other=0.0), STYLE)[None, :]
-    if RESIDUAL:
+    if RESIDUAL and not AGAIN:
         b_residual = tl.load(p_residual + o_h, mask=m_h, other=0.0)
     b_n = b_h.to(tl.float32) * b_rstd
     b_dn = b_dx.to(tl.float32) * b_w
     b_mean = tl.sum(b_n * b_dn, 1) * (1.0 / K)
+    if AGAIN:
+        # another eviction policy, or the compiler would merge these loads with the first
+        b_h = tl.load(p_h + o_h, mask=m_h, other=0.0, eviction_policy="evict_first")
+        b_dx = tl.load(p_dx + o_h, mask=m_h, other=0.0, eviction_policy="evict_first")
+        b_w = norm_factor(tl.load(p_w + o_k, mask=m_k, other=0.0, eviction_policy="evict_last"), STYLE)[None, :]
+        b_n = b_h.to(tl.float32) * b_rstd
+        b_dn = b_dx.to(tl.float32) * b_w
+        if RESIDUAL:
+            b_residual = tl.load(p_residual + o_h, mask=m_h, other=0.0)
     b_dh = (b_dn - b_n * b_mean[:, None]) * b_rstd
     if RESIDUAL:
         b_dh += b_residual.to(tl.float32)
@@ -87,7 +100,7 @@ def norm_forward(h, weight, eps, style, *, add=None, scale=1.0):
     rstd = torch.empty(rows, device=h.device, dtype=torch.float32)
     total = torch.empty_like(h) if added else h
     if rows:
-        tile = norm_tile(launch.arch_of(h), h.dtype, width, backward=False)
+        tile = norm_tile(launch.arch_of(h), h.dtype, width)
         launch.run(
             norm_forward_kernel, (launch.cdiv(rows, tile.bm),), tile,
             h, add, weight, x, rstd, total, rows, float(eps), float(scale),
@@ -109,10 +122,11 @@ def norm_backward(dx, h, rstd, weight, style, *, residual=None, emit=False):
     dh = torch.empty_like(h)
     x = torch.empty_like(h) if emit else None
     if rows:
-        tile = norm_tile(launch.arch_of(h), h.dtype, width, backward=True)
+        tile = norm_tile(launch.arch_of(h), h.dtype, width)
         launch.run(
             norm_backward_kernel, (launch.cdiv(rows, tile.bm),), tile,
             dx, h, ready(rstd), weight, h if residual is None else ready(residual), dh, x if emit else dh, rows,
-            K=width, RESIDUAL=residual is not None, EMIT=emit, STYLE=style, BM=tile.bm, BK=tile.bk,
+            K=width, RESIDUAL=residual is not None, EMIT=emit, STYLE=style,
+            AGAIN=reads_again(h.dtype, width), BM=tile.bm, BK=tile.bk,
         )
     return dh, x

@@ -13,9 +13,9 @@ from fastlora.kernels.tables import Tile
 
 # Threads that a program should have work for, where rows are short.
 _FOUR_WARPS = 128
-# Threads of the widest program; beyond it a thread takes more elements, up to _MOST_EACH of an operand.
+# Threads of the widest program; beyond it a thread takes more elements, up to _MOST_BYTES of an operand.
 _WIDE_THREADS, _MOST_THREADS = 512, 1024
-_MOST_EACH = 32
+_MOST_BYTES = 64
 # Lanes of a block that may lie idle before a narrower block is better.
 _IDLE = 0.25
 
@@ -47,7 +47,12 @@ def _block(count: int, most: int) -> int:
     return block
 
 
-def norm_tile(arch: str, dtype: torch.dtype, width: int, *, backward: bool) -> Tile:
+def reads_again(dtype: torch.dtype, width: int) -> bool:
+    """Whether the norm's backward reads a row twice: three operands of more than 32 KiB do not stay in registers."""
+    return power_of_two(width) * dtype.itemsize > 32 * 1024
+
+
+def norm_tile(arch: str, dtype: torch.dtype, width: int) -> Tile:
     """Tile of RMSNorm: bm rows whole, bk their width as a power of two."""
     bk = power_of_two(max(width, 16))
     if arch == "interpreter":
@@ -55,8 +60,7 @@ def norm_tile(arch: str, dtype: torch.dtype, width: int, *, backward: bool) -> T
     each = _each(dtype)
     bm = max(1, each * _FOUR_WARPS // bk)
     warps = _warps(arch, bm * bk, each)
-    # the backward keeps three operands: fp32 ones need twice the registers
-    if bk > _MOST_EACH // (2 if backward and dtype.itemsize == 4 else 1) * warps * _lanes(arch):
+    if bk * dtype.itemsize > _MOST_BYTES * warps * _lanes(arch):
         warps = _MOST_THREADS // _lanes(arch)
     return Tile(bm, bk=bk, warps=warps, stages=1)
 

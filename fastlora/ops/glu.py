@@ -1,4 +1,4 @@
-"""The gate of a gated feed-forward layer, over fixed tiles of rows.
+"""The gate of a gated feed-forward layer: over fixed tiles of rows, or by the Triton kernel (kernels/glu.py).
 
     h = act(g) * u        dg = dh u act'(g)        du = dh act(g)
 
@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from fastlora import stream
 from fastlora.errors import InputError
+from fastlora.ops import backend
 from fastlora.ops.reference import aligned, over_tiles
 
 # name -> (function, its derivative times a gradient)
@@ -60,6 +61,25 @@ class _Glu(torch.autograd.Function):
         return dgate, dup, None
 
 
+class _GluTriton(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, activation):
+        # imported on first use: triton is absent on macOS and Windows
+        from fastlora.kernels.glu import glu_pair_forward
+
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return glu_pair_forward(gate, up, activation)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dh):
+        from fastlora.kernels.glu import glu_pair_backward
+
+        gate, up = ctx.saved_tensors
+        return *glu_pair_backward(dh, gate, up, ctx.activation), None
+
+
 def glu(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
     """act(gate) * up for [..., F] tensors of one shape and dtype.
 
@@ -73,6 +93,5 @@ def glu(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> torch
     if activation not in ACTIVATIONS:
         raise InputError(f"activation is {activation!r}; allowed are {', '.join(ACTIVATIONS)}")
     width = gate.shape[-1]
-    return _Glu.apply(gate.reshape(-1, width), up.reshape(-1, width), activation).reshape(
-        gate.shape
-    )
+    function = _GluTriton if backend.pick(gate) == "triton" else _Glu
+    return function.apply(gate.reshape(-1, width), up.reshape(-1, width), activation).reshape(gate.shape)

@@ -1,4 +1,4 @@
-"""RMSNorm with a frozen weight, over fixed tiles of rows.
+"""RMSNorm with a frozen weight: over fixed tiles of rows, or by the Triton kernel (kernels/rms_norm.py), a row at a time.
 
     n = x / sqrt(mean(x^2) + eps)      y = w n
     dn = w dy                          dx = (dn - n mean(n dn)) / sqrt(mean(x^2) + eps)
@@ -14,6 +14,7 @@ import torch
 
 from fastlora import stream
 from fastlora.errors import InputError
+from fastlora.ops import backend
 from fastlora.ops.reference import aligned, over_tiles
 
 # round(n) then times w (Llama); w in fp32, then rounded (OLMo 2); (1 + w) in fp32 (Gemma).
@@ -61,6 +62,26 @@ class _RmsNorm(torch.autograd.Function):
         return dx, None, None, None
 
 
+class _RmsNormTriton(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, style):
+        # imported on first use: triton is absent on macOS and Windows
+        from fastlora.kernels.rms_norm import norm_forward
+
+        y, rstd, x = norm_forward(x, weight, eps, style)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.style = style
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        from fastlora.kernels.rms_norm import norm_backward
+
+        x, weight, rstd = ctx.saved_tensors
+        return norm_backward(dy, x, rstd, weight, ctx.style)[0], None, None, None
+
+
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, style: str = "round_first"
 ) -> torch.Tensor:
@@ -73,4 +94,5 @@ def rms_norm(
         raise InputError("weight: requires_grad is True; rms_norm needs a frozen one")
     if style not in STYLES:
         raise InputError(f"style is {style!r}; allowed are {', '.join(STYLES)}")
-    return _RmsNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps, style).reshape(x.shape)
+    function = _RmsNormTriton if backend.pick(x) == "triton" else _RmsNorm
+    return function.apply(x.reshape(-1, x.shape[-1]), weight, eps, style).reshape(x.shape)

@@ -1,0 +1,75 @@
+"""How the compile gate builds the row-wise kernels, in the variant that keeps most in registers.
+
+Norms: ``outer`` is the width. RoPE and the norm of heads: ``outer`` is the head's width, ``inner`` the number of heads. Gates:
+``outer`` is the width of a half, the activation is part of the operation's name.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastlora.kernels import glu, rms_norm, rope, row_tables
+from fastlora.kernels.launch import cdiv
+
+_GATES = tuple(f"glu_{way}_{act}" for way in ("forward", "backward") for act in ("silu", "gelu", "gelu_tanh"))
+OPERATIONS = ("norm_forward", "norm_backward", "rope", "head_norm_forward", "head_norm_backward", *_GATES)
+_FP32 = ("p_rstd",)
+
+
+def _norm(case):
+    backward = case.operation == "norm_backward"
+    tile = row_tables.norm_tile(case.arch, case.dtype, case.outer)
+    own = dict(RESIDUAL=True, EMIT=True, AGAIN=row_tables.reads_again(case.dtype, case.outer)) if backward else dict(ADD=True, SCALED=True)
+    kernel = getattr(rms_norm, f"{case.operation}_kernel")
+    return kernel, tile, dict(K=case.outer, **own, STYLE="round_first", BM=tile.bm, BK=tile.bk)
+
+
+def _heads(case):
+    kernel = getattr(rope, f"{case.operation}_kernel")
+    tile = row_tables.head_tile(case.arch, case.dtype, case.inner, case.outer)
+    half, stride = case.outer // 2, case.outer * (case.inner + 8)
+    every = dict(
+        LD=stride, GRAD_LD=stride, Q=case.inner - 2, HEADS=case.inner, D=case.outer, HALF=half, INVERSE=False, STYLE="round_first",
+        BLOCKS=cdiv(case.inner, tile.bm), BH=tile.bm, BD=row_tables.power_of_two(half), BR=1,
+    )  # fmt: skip
+    return kernel, tile, {name: value for name, value in every.items() if name in kernel.arg_names}
+
+
+def _gate(case):
+    _, way, activation = case.operation.split("_", 2)
+    tile = row_tables.glu_tile(case.arch, case.dtype, case.outer)
+    constants = dict(
+        F=case.outer, LD=2 * case.outer, UP=case.outer, ACTIVATION=activation, BLOCKS=cdiv(case.outer, tile.bn), BF=tile.bn
+    )
+    return getattr(glu, f"glu_{way}_kernel"), tile, constants | ({"EMIT": True} if way == "backward" else {})
+
+
+def build_arguments(case, element: str):
+    """(kernel, tile, signature, constants) of a row-wise case."""
+    build = _gate if case.operation in _GATES else _norm if case.operation.startswith("norm") else _heads
+    kernel, tile, constants = build(case)
+    signature = {"M": "i32", "eps": "fp32", "scale": "fp32"}
+    signature |= {name: "*fp32" if name in _FP32 else element for name in kernel.arg_names if name.startswith("p_")}
+    return kernel, tile, {k: v for k, v in signature.items() if k in kernel.arg_names}, constants
+
+
+def all_cases(make) -> list:
+    """Every row-wise case, by ``make(operation, arch, dtype, outer=, inner=)``."""
+    from fastlora.kernels.tables import ARCHITECTURES
+
+    cases = []
+    for arch in ARCHITECTURES:
+        for dtype in (torch.bfloat16, torch.float32):
+            for op in ("norm_forward", "norm_backward"):
+                cases += [make(op, arch, dtype, outer=width, inner=0) for width in (128, 576, 4096, 8192, 16384)]
+            for op in ("rope", "head_norm_forward", "head_norm_backward"):
+                shapes = ((40, 128), (12, 64), (8, 256))
+                cases += [make(op, arch, dtype, outer=head, inner=heads) for heads, head in shapes]
+            cases += [make(op, arch, dtype, outer=14336, inner=0) for op in _GATES]
+        cases += [make(op, arch, torch.bfloat16, outer=width, inner=0) for op in _GATES[::3] for width in (1536, 1001)]
+    return cases
+
+
+def loads_16_bytes(ptx: str) -> bool:
+    """Whether the kernel loads 16 bytes at a time, as it should where rows are multiples of 16 bytes."""
+    return any(f"ld.global{order}.{kind}" in ptx for order in ("", ".L1::evict_last") for kind in ("v4.b32", "v2.b64", "b128"))
