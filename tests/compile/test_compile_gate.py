@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import gate_attention
+from bench import gate_attention, gate_rows
 from bench.compile_gate import Case, all_cases, allowed_spills, compile_case
 from fastlora.kernels import tables
 from fastlora.kernels.launch import TMA_MIN_INNER
@@ -30,6 +30,15 @@ CHOSEN += [
     for operation in gate_attention.OPERATIONS
     for arch, head in (("sm_90", 64), ("sm_90", 128), ("sm_89", 64), ("sm_120", 64))
 ]
+# The row-wise kernels, at the widths of an 8B model.
+ROWS = [
+    Case(operation, "sm_90", outer=outer, inner=inner)
+    for operation, outer, inner in (
+        ("norm_forward", 4096, 0), ("norm_backward", 4096, 0), ("rope", 128, 40), ("head_norm_forward", 128, 40),
+        ("head_norm_backward", 128, 40), ("glu_forward_silu", 14336, 0), ("glu_backward_silu", 14336, 0),
+    )
+]  # fmt: skip
+CHOSEN += [*ROWS, Case("norm_backward", "sm_89", torch.float32, outer=16384, inner=0)]
 
 
 @pytest.mark.parametrize("case", CHOSEN, ids=lambda case: case.name)
@@ -41,6 +50,12 @@ def test_kernel_fits_and_does_not_spill(case):
         assert report.wgmma > 0, "no warp-group matrix instruction"
         if case.inner % 8 == 0 and case.inner >= TMA_MIN_INNER:
             assert report.tma > 0, "no bulk tensor copy"
+
+
+@pytest.mark.parametrize("case", ROWS, ids=lambda case: case.name)
+def test_row_kernel_loads_16_bytes_at_a_time(case):
+    compiled, _ = compile_case(case)
+    assert gate_rows.loads_16_bytes(compiled.asm["ptx"])
 
 
 def test_chosen_cases_are_few_and_known():

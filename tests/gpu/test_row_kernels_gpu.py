@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastlora.invariant import make_invariant
 from fastlora.kernels.glu import glu_backward, glu_forward, glu_pair_backward, glu_pair_forward
 from fastlora.kernels.rms_norm import norm_backward, norm_forward
 from fastlora.kernels.rope import head_norm_rotate, head_norm_rotate_backward, rotate
 from fastlora.ops.glu import ACTIVATIONS, glu
 from fastlora.ops.rms_norm import STYLES, rms_norm
 from tests import row_cases as cases
+from tests.models import tiny_model
 
 pytestmark = pytest.mark.gpu
 DTYPES = pytest.mark.parametrize("dtype", list(cases.UNIT), ids=lambda d: str(d)[6:])
@@ -150,3 +152,27 @@ def test_glu_by_kernel_matches_float64(activation):
     hidden.backward(dh)
     for ours, pair in zip((hidden.detach(), leaves[0].grad, leaves[1].grad), cases.glu_truth(dh, gate, up, activation)):
         assert cases.fits(ours, pair, gate.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(("kind", "style", "activation"), [
+    ("llama", "round_first", "silu"), ("qwen3", "round_first", "silu"), ("gemma3_text", "offset", "gelu_tanh"), ("olmo2", "round_last", "silu"),
+])  # fmt: skip
+def test_make_invariant_swaps_every_norm_and_gate(kind, style, activation, dtype):
+    model = tiny_model(kind).requires_grad_(False)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator)
+    model = model.to("cuda", dtype)
+    before = {path: type(module) for path, module in model.named_modules()}
+    done = make_invariant(model)
+    assert done.not_exact == []
+    for path, module in model.named_modules():
+        if before[path].__name__.endswith("RMSNorm"):
+            # in fp32 rounding first or last is the same
+            assert module._tiled_style in ((style,) if dtype != torch.float32 or style == "offset" else ("round_first", "round_last"))
+        elif before[path].__name__.endswith("MLP"):
+            assert module._tiled_activation == activation
+    done.undo()
+    assert {path: type(module) for path, module in model.named_modules()} == before
