@@ -7,6 +7,7 @@ import functools
 from typing import NamedTuple
 
 import torch
+import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels.tables import (
@@ -87,9 +88,19 @@ def can_use_tma(arch: str, dtype: torch.dtype, inner: int, outer: int) -> bool:
     return fits and not is_ragged(dtype, inner, outer)
 
 
+@functools.lru_cache(maxsize=256)
+def _checked(dtype: torch.dtype, width: int, rows: int, columns: int) -> dict:
+    """The fields of a descriptor that passed Triton's own checks, which cost more than a launch: once a width and block."""
+    example = torch.empty(1, width, dtype=dtype)
+    return dict(TensorDescriptor(example, [1, width], [width, 1], [rows, columns]).__dict__)
+
+
 def descriptor(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Descriptor of a contiguous 2-D tensor for blocks of [rows, columns]."""
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns])
+    """Descriptor of a contiguous, 16-byte aligned 2-D tensor for blocks of [rows, columns]."""
+    height, width = tensor.shape
+    made = object.__new__(TensorDescriptor)
+    made.__dict__.update(_checked(tensor.dtype, width, rows, columns), base=tensor, shape=[height, width])
+    return made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,12 +141,12 @@ def run(kernel, grid: tuple[int, ...], tile: Tile, *arguments, **constants) -> N
     """
     first = arguments[0]
     tensor = first if isinstance(first, torch.Tensor) else first.base
-    dtypes = tuple(a.dtype for a in arguments if isinstance(a, torch.Tensor))
-    key = (id(kernel), tensor.dtype, dtypes, tensor.device.index, tile, *constants.values())
+    index = tensor.device.index
+    key = (kernel, index, tile, *[a.dtype for a in arguments if a.__class__ is torch.Tensor], *constants.values())
     known = _binaries.get(key)
-    if known is not None and torch.cuda.current_device() == tensor.device.index:
+    if known is not None and torch.cuda.current_device() == index:
         compiled, ordered = known
-        compiled[grid + (1,) * (3 - len(grid))](*arguments, *ordered)
+        _start(compiled, grid + (1,) * (3 - len(grid)), index, arguments, ordered)
         return
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     if not tensor.is_cuda:
@@ -144,3 +155,13 @@ def run(kernel, grid: tuple[int, ...], tile: Tile, *arguments, **constants) -> N
     with torch.cuda.device(tensor.device):
         compiled = kernel[grid](*arguments, **constants, **options)
     _binaries[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+
+
+def _start(compiled, grid: tuple[int, int, int], index: int, arguments: tuple, ordered: tuple) -> None:
+    """Launch a compiled kernel on the current stream: what ``compiled[grid](...)`` does, without the closure it makes each time."""
+    hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    if any(getattr(hook, "calls", hook) for hook in hooks):  # a profiler listens
+        compiled[grid](*arguments, *ordered)
+        return
+    stream = triton.runtime.driver.active.get_current_stream(index)
+    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *ordered)
