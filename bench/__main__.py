@@ -1,28 +1,138 @@
-"""``python -m bench``: timings on this machine's GPU; ``python -m bench gate``: the compile gate, no GPU needed."""
+"""``python -m bench``: timings on this machine, the compile gate, and the README's table made from the results.
+
+Exit 0: done. 1: a test of the suite or the gate failed. 2: bad input, said in the last line.
+"""
 
 from __future__ import annotations
 
+import pathlib
 import sys
+from typing import Annotated
 
-import torch
+import typer
+
+from fastlora.errors import InputError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=False)
+_PYTEST = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+Output = Annotated[str | None, typer.Option(help="Where the JSON goes. [bench/results/<date>-<device>-<what>.json]")]
+Commit = Annotated[str | None, typer.Option(help="Commit to record, for a copy of the tree without git.")]
+
+
+@app.callback(invoke_without_command=True)
+def default(context: typer.Context) -> None:
+    """Measure, interleaved and beside the frozen model. Without a command: the kernel and block levels."""
+    if context.invoked_subcommand is None:
+        code = max(_level("kernel", [], None, None), _level("block", [], None, None))
+        typer.echo("whole models: python -m bench step")
+        raise typer.Exit(code)
+
+
+@app.command("kernel", context_settings=_PYTEST)
+def kernel(context: typer.Context, output: Output = None, commit: Commit = None) -> None:
+    """Kernels against cuBLAS, or a copy of the same bytes. Further arguments go to pytest (-k, --benchmark-compare-fail)."""
+    raise typer.Exit(_level("kernel", context.args, output, commit))
+
+
+@app.command("block", context_settings=_PYTEST)
+def block(context: typer.Context, output: Output = None, commit: Commit = None) -> None:
+    """Blocks, forward and backward, against the frozen block. Further arguments go to pytest."""
+    raise typer.Exit(_level("block", context.args, output, commit))
+
+
+@app.command("step")
+def step(
+    shape: Annotated[str | None, typer.Option(help="llama-3.1-8b, llama-3.2-1b, smollm2-135m or tiny. [8b on a GPU, tiny "
+                                              "on a CPU]")] = None,
+    layers: Annotated[int | None, typer.Option(help="Only so many decoder layers.")] = None,
+    systems: Annotated[str | None, typer.Option(help="Comma-separated, such as fastlora,fastlora+ckpt+r64,peft+compile; see "
+                                                "bench/systems.py. [a list for the shape]")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens a step.")] = 8192,
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
+    samples: Annotated[int, typer.Option(help="Turns of each session.")] = 5,
+    time_limit: Annotated[float, typer.Option(help="Seconds after which no further system is begun.")] = 510.0,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    optimizer: Annotated[bool, typer.Option(help="Also time the step with the optimiser's.")] = True,
+    output: Output = None,
+    commit: Commit = None,
+) -> None:
+    """A whole model with random weights: fastlora, PEFT, Liger and torch.compile, each beside the frozen model."""
+    from bench import step as level
+    from bench.provenance import provenance, result_path
+    from bench.shapes import shape_named
+    from fastlora.setup import choose_device
+
+    if device not in ("auto", "cuda", "cpu"):
+        raise InputError(f"device = {device!r}: allowed are auto, cuda and cpu")
+    for name, value in (("tokens", tokens), ("rank", rank), ("samples", samples), ("time_limit", time_limit)):
+        if value <= 0:
+            raise InputError(f"{name} = {value}: allowed is more than 0")
+    place, _ = choose_device(device)
+    on_gpu = place.type == "cuda"
+    chosen = shape_named(shape or ("llama-3.1-8b" if on_gpu else "tiny"), layers)
+    names = None if systems is None else [name.strip() for name in systems.split(",") if name.strip()]
+    plan = level.plan_for(
+        chosen, place.type, tokens=tokens, rank=rank, samples=samples, time_limit=time_limit, optimizer=optimizer,
+        commit=commit, say=typer.echo,
+    )
+    if not on_gpu:
+        typer.echo("no GPU: through the torch reference path; these times say nothing about the kernels")
+    path = pathlib.Path(output) if output else result_path(f"step-{chosen.name}", provenance(commit))
+    level.run(plan, names, path)
+    typer.echo(f"results: {path}")
+
+
+@app.command("cpu")
+def cpu(output: Output = None, commit: Commit = None) -> None:
+    """A training step of SmolLM2-135M's shape on the CPU, beside PEFT's."""
+    from bench.cpu_step import main as measure
+
+    measure(output, commit)
+
+
+@app.command("gate", context_settings=_PYTEST)
+def gate(context: typer.Context) -> None:
+    """Compile every kernel for every architecture, without a GPU."""
+    from bench.compile_gate import main as compile_all
+
+    sys.argv[1:] = context.args
+    compile_all()
+
+
+@app.command("publish")
+def publish() -> None:
+    """Write README's table and docs/bench.svg from the newest result of each device."""
+    from bench.publish import publish as write
+
+    for line in write():
+        typer.echo(line)
+
+
+def _level(name: str, arguments: list[str], output: str | None, commit: str | None) -> int:
+    from bench.level import run
+
+    return run(name, arguments, output, commit, typer.echo)
 
 
 def main() -> None:
-    """Dispatch on the first argument."""
-    arguments = sys.argv[1:]
-    if arguments[:1] == ["gate"]:
-        from bench.compile_gate import main as gate
-
-        return gate()
-    if arguments[:1] in ([], ["linear"]):
-        if not torch.cuda.is_available():
-            print("not timed: no GPU on this machine (python -m bench gate needs none)")
-            return None
-        from bench.linear import main as linear
-
-        return linear(arguments[1] if len(arguments) > 1 else None)
-    print(f"bench: unknown argument {arguments[0]!r}; allowed: linear [FILE], gate", file=sys.stderr)
-    raise SystemExit(2)
+    """Run the command; bad input ends in one plain line and exit 2."""
+    try:
+        status = app(standalone_mode=False)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted; results written so far are kept", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        # A usage error of the command line's parser: known by its message, whatever library it comes from.
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        print(f"error: {message()}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(status or 0)
 
 
 if __name__ == "__main__":

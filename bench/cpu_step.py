@@ -7,26 +7,24 @@ runs in the faster of two ways that users choose between: one sequence at a time
 from __future__ import annotations
 
 import copy
-import json
-import statistics
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 
 import fastlora
+from bench import timing
 from bench.lengths import DEMO_ROWS
-from bench.provenance import provenance
+from bench.provenance import provenance, result_path, write_result
 from fastlora import blocks, packing, stream
 from fastlora.data import Row, make_row
 from fastlora.exact import exact
-from fastlora.files import atomic_write_text
 from fastlora.invariant import make_invariant
 from fastlora.setup import Objective
 
 SAMPLES = 5
 RANK = 16
 PADDED_ROWS = 4  # rows of a padded batch
+PEFT, OURS = "peft, sorted and padded", "fastlora, exact"
 
 
 def smollm2(layers: int = 30) -> torch.nn.Module:
@@ -100,43 +98,32 @@ def peft(model: torch.nn.Module, rows: Sequence[Row], batches: Sequence[Sequence
     return step
 
 
-def interleaved(calls: dict[str, Callable[[], None]], samples: int = SAMPLES) -> dict[str, list[float]]:
-    """Seconds a call, taken in turns after one call of each to warm up."""
-    for call in calls.values():
-        call()
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(samples):
-        for name, call in calls.items():
-            begun = time.perf_counter()
-            call()
-            taken[name].append(time.perf_counter() - begun)
-    return taken
-
-
-def main(path: str | None = None) -> None:
-    """Time both inputs, print ratios, write JSON if a path is given."""
+def main(path: str | None = None, commit: str | None = None) -> None:
+    """Time both inputs, print ratios, write JSON to ``path`` or to bench/results."""
     base = smollm2()
-    result: dict = {"provenance": provenance(), "threads": torch.get_num_threads()}
+    result: dict = {"kind": "cpu-step", "provenance": provenance(commit), "threads": torch.get_num_threads()}
     vocabulary = base.config.vocab_size
     for name, lengths in (("full tiles, 4 x 256", ((256, 255),) * 4), ("demo rows", DEMO_ROWS)):
         rows = rows_of(lengths, vocabulary)
         by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         sorted_batches = [by_length[i : i + PADDED_ROWS] for i in range(0, len(rows), PADDED_ROWS)]
-        calls = {"peft, sorted and padded": peft(copy.deepcopy(base), rows, sorted_batches)}
-        calls["peft again"] = calls["peft, sorted and padded"]
-        calls["peft, one at a time"] = peft(copy.deepcopy(base), rows, [[i] for i in range(len(rows))])
-        calls["fastlora, exact"] = ours(copy.deepcopy(base), rows, 1024)
-        taken = interleaved(calls)
+        calls = {
+            PEFT: peft(copy.deepcopy(base), rows, sorted_batches),
+            "peft, one at a time": peft(copy.deepcopy(base), rows, [[i] for i in range(len(rows))]),
+            OURS: ours(copy.deepcopy(base), rows, 1024),
+        }
+        taken = timing.interleaved(calls, "cpu", base=PEFT, samples=SAMPLES, warm_up=1)
         supervised = sum(row.supervised for row in rows)
-        medians = {n: statistics.median(v) for n, v in taken.items()}
-        fastest = min(v for n, v in medians.items() if n in ("peft, sorted and padded", "peft, one at a time"))
+        seconds = {n: [value / 1e3 for value in t.samples] for n, t in taken.items()}
+        medians = {n: t.median / 1e3 for n, t in taken.items()}
+        fastest = min(v for n, v in medians.items() if n.startswith("peft,") and not n.endswith(timing.AGAIN))
         result[name] = {
-            "seconds": taken, "over_fastest_peft": medians["fastlora, exact"] / fastest,
+            "seconds": seconds, "over_fastest_peft": medians[OURS] / fastest,
+            "control": timing.control_dict(timing.control(taken, PEFT)),
             "supervised_tokens_per_second": {n: supervised / v for n, v in medians.items()},
         }  # fmt: skip
-        print(f"{name}: fastlora {medians['fastlora, exact'] / fastest:.3f} x the faster PEFT")
-        for which, seconds in medians.items():
-            spread = f"{min(taken[which]):.2f}-{max(taken[which]):.2f}"
-            print(f"  {which}: {seconds:.2f} s ({spread}), {supervised / seconds:.0f} supervised tokens/s", flush=True)
-    if path is not None:
-        atomic_write_text(path, json.dumps(result, indent=1) + "\n")
+        print(f"{name}: fastlora {medians[OURS] / fastest:.3f} x the faster PEFT")
+        for which, value in medians.items():
+            spread = f"{min(seconds[which]):.2f}-{max(seconds[which]):.2f}"
+            print(f"  {which}: {value:.2f} s ({spread}), {supervised / value:.0f} supervised tokens/s", flush=True)
+    write_result(path or result_path("step", result["provenance"]), result)

@@ -173,7 +173,7 @@ class Session:
         try:
             peak = self._warm(running, before)
             calls = {FROZEN: self.frozen.step, spec.name: running.step}
-            if running.update and self.plan.optimizer and spec.flags <= _PLAIN and spec.rank == self.plan.rank:
+            if running.update and self.plan.optimizer and self._is_plain(spec):
                 calls["with optimizer"] = running.full_step
             taken = self._interleaved(calls)
             found = self._describe(spec, running, peak) | {"how": "interleaved"}
@@ -186,6 +186,9 @@ class Session:
         if left > LEFT_OVER:
             found["notes"].append(f"{left / GIB:.2f} GiB stayed allocated afterwards")
         return found
+
+    def _is_plain(self, spec: systems.Spec) -> bool:
+        return spec.flags <= _PLAIN and (spec.rank, spec.tokens) == (self.plan.rank, self.plan.tokens)
 
     def _after(self, spec: systems.Spec) -> dict:
         before = allocated()

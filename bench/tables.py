@@ -1,0 +1,199 @@
+"""Markdown tables of result files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from bench.provenance import device_label
+
+GIB = 2**30
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def spread(found: dict) -> str:
+    """A median ratio with its quantiles."""
+    if found["low"] == found["high"]:
+        return f"{found['median']:.3f}"
+    return f"{found['median']:.3f} ({found['low']:.3f}-{found['high']:.3f})"
+
+
+def gib(found: int | None) -> str:
+    """Bytes in GiB; a dash where nothing counted them."""
+    return "-" if found is None else f"{found / GIB:.1f}"
+
+
+def noise(rows: Iterable[dict]) -> str:
+    """What the A/A controls of a table say."""
+    medians = [row["control"]["median"] for row in rows if "control" in row]
+    if not medians:
+        return ""
+    off = sum(not row["control"]["holds_one"] for row in rows if "control" in row)
+    text = f"A/A controls: {min(medians):.3f} to {max(medians):.3f}"
+    return text + (f"; {off} of {len(medians)} do not hold 1 within their spread" if off else ", each 1 within its spread")
+
+
+def step_table(result: dict) -> str:
+    """Whole models: time over the frozen one, speed and memory; then packing, caps, and what was not timed."""
+    rows = [row for row in result["rows"] if "time" in row and "fits" not in row]
+    full = [row for row in rows if not is_packed(row)]
+    device = device_label(result["provenance"])
+    head = f"**{result['shape']}**, {result['layers']} layers, random weights, {result['dtype']}, {result['tokens']} tokens a step, "
+    head += f"rank {result['rank']} on all seven projections, one {device}"
+    body = []
+    for row in full:
+        speed = row["tokens"] / row["time"]["median_ms"] * 1e3
+        whole = row.get("with_optimizer")
+        body.append((
+            row["system"], f"{row['time']['median_ms']:.1f}", spread(row["over_frozen"]), f"{whole['median']:.3f}" if whole else "-",
+            f"{speed:,.0f}", gib(row["peak_bytes"]),
+        ))  # fmt: skip
+    titles = ("system", "forward + backward, ms", "over frozen", "with optimiser, over frozen", "tokens/s", "peak GiB")
+    parts = [head + ":", table(titles, body)]
+    kernels = next((row.get("attention_kernels") for row in rows if row["system"] == "frozen"), None)
+    notes = [noise(rows) + "."]
+    if kernels:
+        notes.append(f"The frozen model's attention: {', '.join(f'`{name[:60]}`' for name in kernels[:2])}.")
+    notes += [f"{text}." for text in derived(full)]
+    parts.append(" ".join(notes))
+    packed = [row for row in rows if is_packed(row)]
+    if packed:
+        parts.append(packed_table(packed, result))
+    fits = [row for row in result["rows"] if "fits" in row]
+    if fits:
+        said = [f"{row['system']} {'fits' if row['fits'] else 'does NOT fit'} {row['cap_gib']} GiB" for row in fits]
+        parts.append("Allocator capped, nothing else on the device: " + "; ".join(said) + ".")
+    missing = [f"{row['system']} ({row['not_timed'][:120]})" for row in result["rows"] if "not_timed" in row]
+    if missing:
+        parts.append("Not timed: " + "; ".join(missing) + ".")
+    return "\n\n".join(parts)
+
+
+def is_packed(row: dict) -> bool:
+    """Whether a row of a step result is about uneven short rows."""
+    return bool({"rows", "library"} & set(row["system"].split("+")))
+
+
+def packed_table(rows: list[dict], result: dict) -> str:
+    """Short rows: what counts is supervised tokens a second."""
+    body = []
+    for row in rows:
+        speed = row["supervised_tokens"] / row["time"]["median_ms"] * 1e3
+        body.append((
+            row["system"], f"{row['tokens']}", f"{row['tokens'] / row['padded_tokens']:.2f}", f"{row['time']['median_ms']:.1f}",
+            f"{speed:,.0f}", gib(row["peak_bytes"]),
+        ))  # fmt: skip
+    titles = ("uneven short rows", "real tokens", "fill", "ms", "supervised tokens/s", "peak GiB")
+    fills = [
+        f"{name}: " + ", ".join(f"{value:.2f} at {alignment}" for alignment, value in by.items())
+        for name, by in result.get("fill", {}).items()
+    ]
+    return table(titles, body) + ("\n\nFill by alignment: " + "; ".join(fills) + "." if fills else "")
+
+
+def derived(rows: list[dict]) -> list[str]:
+    """What the targets ask about pairs of systems, each side in units of the frozen model of its own session."""
+    over = {row["system"]: row["over_frozen"]["median"] for row in rows}
+    pairs = (
+        ("fastlora+dropout", "fastlora", "dropout 0.1 over none"), ("fastlora+r128", "fastlora", "rank 128 over the table's"),
+        ("fastlora+t2048", "fastlora", "2,048 tokens over all"), ("fastlora+float", "fastlora", "float sums over exact ones"),
+        ("fastlora", "peft", "over PEFT"), ("fastlora", "peft+liger", "over PEFT+Liger"), ("fastlora", "peft+compile", "over PEFT+compile"),
+        ("fastlora", "frozen+compile", "over the compiled frozen model"),
+        ("fastlora", "frozen+liger+compile", "over the frozen model with Liger, compiled"),
+        ("fastlora+ckpt", "peft+ckpt", "checkpointed, over PEFT"), ("fastlora+ckpt", "peft+liger+ckpt", "checkpointed, over PEFT+Liger"),
+    )  # fmt: skip
+    found = [f"{what} {over[top] / over[base]:.3f}" for top, base, what in pairs if top in over and base in over]
+    return ["fastlora: " + ", ".join(found)] if found else []
+
+
+_SYSTEMS = ("fastlora", "fastlora-float", "fastlora-dropout", "peft", "compile", "liger")
+_TITLES = ("fastlora, exact", "float sums", "dropout 0.1", "PEFT's maths", "the same compiled", "Liger")
+
+
+def block_table(result: dict) -> str:
+    """Blocks, forward and backward over frozen; a column a system."""
+    rows = [row for row in result["rows"] if row["baseline"] == "frozen"]
+    by_case: dict[str, dict] = {}
+    for row in rows:
+        by_case.setdefault(row["case"], {})[row["system"]] = row
+    body = []
+    for case, found in by_case.items():
+        first = next(iter(found.values()))
+        cells = [spread(found[s]["over_baseline"]) if s in found else "-" for s in _SYSTEMS]
+        memory = gib(found["fastlora"]["peak_bytes"]) if "fastlora" in found else "-"
+        body.append((case, f"{first['baseline_time']['median_ms']:.3f}", *cells, f"{memory} / {gib(first['baseline_peak_bytes'])}"))
+    if not body:
+        return ""
+    titles = (f"block, forward + backward, one {device_label(result['provenance'])}", "frozen ms", *_TITLES, "peak GiB, ours / frozen")
+    return table(titles, body) + f"\n\nOver the frozen block. {noise(rows)}."
+
+
+def small_table(result: dict) -> str:
+    """Small widths over PEFT's maths: by the wall clock, and by graph replay, which leaves the host out."""
+    rows = [row for row in result["rows"] if row["baseline"] == "peft"]
+    body = [
+        (
+            f"{row['case']}, {row['system']}", f"{row['baseline_time']['median_ms']:.3f}", spread(row["over_baseline"]),
+            spread(graph["over_baseline"]) if "over_baseline" in (graph := row.get("graph", {})) else "-",
+        )
+        for row in rows
+    ]  # fmt: skip
+    if not body:
+        return ""
+    titles = (f"small widths, one {device_label(result['provenance'])}", "PEFT's maths, ms", "wall clock over it", "GPU time over it")
+    return table(titles, body) + f"\n\n{noise(rows)}."
+
+
+def kernel_table(result: dict) -> str:
+    """Kernels over cuBLAS, a copy, or sdpa."""
+    body = []
+    for row in result["rows"]:
+        rate = "-"
+        if "teraflops" in row:
+            rate = f"{row['teraflops']:.0f} TFLOP/s"
+        elif "gigabytes_per_second" in row:
+            rate = f"{row['gigabytes_per_second']:,.0f} GB/s, {1 / row['over_baseline']['median']:.0%} of the copy"
+        case = row["case"] if row["system"] == "fastlora" else f"{row['case']}, {row['system']}"
+        body.append((case, f"{row['time']['median_ms']:.4f}", row["baseline"], spread(row["over_baseline"]), rate))
+    titles = (f"kernel, one {device_label(result['provenance'])}", "ms", "against", "over it", "rate")
+    return table(titles, body) + f"\n\n{noise(result['rows'])}."
+
+
+def cpu_table(result: dict) -> str:
+    """The CPU step beside PEFT's."""
+    body = []
+    for name, found in result.items():
+        if isinstance(found, dict) and "over_fastest_peft" in found:
+            for system, speed in found["supervised_tokens_per_second"].items():
+                seconds = found["seconds"][system]
+                middle = sorted(seconds)[len(seconds) // 2]
+                body.append((name, system, f"{middle:.2f} ({min(seconds):.2f}-{max(seconds):.2f})", f"{speed:.1f}"))
+    titles = (f"SmolLM2-135M's shape on {result['threads']} CPU threads, fp32", "system", "seconds a step", "supervised tokens/s")
+    ratios = [f"{n}: {f['over_fastest_peft']:.3f}" for n, f in result.items() if isinstance(f, dict) and "over_fastest_peft" in f]
+    return table(titles, body) + f"\n\nfastlora over the faster PEFT: {'; '.join(ratios)}. \"again\" is the A/A control."
+
+
+def linear_table(result: dict) -> str:
+    """The first measurements of one linear."""
+    columns = ("peft maths", "exact", "exact dropout 0.1", "frozen again")
+    body = [
+        (f"{row['inner']} x {row['outer']}, r {row['rank']}", *(f"{row['ratios'][c]:.2f}" for c in columns)) for row in result["linear"]
+    ]
+    device = device_label(result["provenance"])
+    titles = (f"linear (K x N, rank), one {device}", "PEFT's maths", "exact sums", "exact sums, dropout 0.1", "A/A control")
+    text = table(titles, body) + "\n\nForward and backward in bf16, 8,192 tokens, wall clock over the same layer frozen."
+    return text + " Taken before the fused layers; at 4096 x 4096 the host's launches set the time."
+
+
+def demo_line(result: dict) -> str:
+    """The demo's run."""
+    demo = result["demo"]
+    errors = abs(demo["change"]) / demo["change_standard_error"]
+    return (
+        f"The demo on one {device_label(result['provenance'])} took {demo['seconds']:.0f} s with the model on disk; held-out loss fell "
+        f"from {demo['held_out_before']:.2f} to {demo['held_out_after']:.2f} ({errors:.1f} paired standard errors)."
+    )
