@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import linear as product
 
 from bench import check, maths, peers
-from bench.cases import OURS, Case, Size, draw
+from bench.cases import OURS, Case, Size, draw, kernels_run
 from bench.fused import Adapted, Group, Mlp
 from fastlora.exact import TokenSum
 from fastlora.ops.dropout import DropoutKey
@@ -123,7 +123,7 @@ def _adapter_case(size: Size, device, dtype, weights, groups, run, frozen, plain
     adapted = Adapted(weights, groups, size.rank, device)
     w, low = list(weights.values()), _leaves(adapted.factors(dtype))
     fused = _compiled(plain)
-    joined = [torch.cat(upstreams, dim=1)] if device == "cuda" else upstreams
+    joined = [torch.cat(upstreams, dim=1)] if adapted.groups else upstreams
 
     def backward(outputs, gradients) -> None:
         x.grad = None
@@ -211,10 +211,10 @@ def norm(size: Size, device: str, dtype: torch.dtype) -> Case:
     own.weight.copy_(draw(device, dtype, size.inner))
     fused = _compiled(own.forward)
 
-    def by_autograd(forward):
-        return lambda: torch.autograd.grad(forward(x), (x,), dy)
+    def by_autograd(forward, upstream=dy):
+        return lambda: torch.autograd.grad(forward(x), (x,), upstream)
 
-    if device == "cuda":
+    if kernels_run(device, dtype):
         from fastlora.kernels.rms_norm import norm_backward, norm_forward
 
         def ours() -> tuple[torch.Tensor, torch.Tensor]:
@@ -238,7 +238,8 @@ def norm(size: Size, device: str, dtype: torch.dtype) -> Case:
 
     calls = {FROZEN: by_autograd(own), OURS: ours, COMPILE: by_autograd(fused)}
     if peers.installed("liger_kernel") and device == "cuda":
-        calls[LIGER] = by_autograd(lambda t: peers.liger_norm(t, own.weight, EPS))
+        # It writes its gradient over dy: a copy of its own, so that nobody else reads what it left.
+        calls[LIGER] = by_autograd(lambda t: peers.liger_norm(t, own.weight, EPS), dy.clone())
     return Case(FROZEN, calls, verify, bytes_moved=5 * x.numel() * x.element_size())
 
 
@@ -259,7 +260,7 @@ def rope(size: Size, device: str, dtype: torch.dtype) -> Case:
     calls = {FROZEN: by_autograd(apply_rotary_pos_emb), COMPILE: by_autograd(fused)}
     if peers.installed("liger_kernel") and device == "cuda":
         calls[LIGER] = by_autograd(peers.liger_rope)
-    if device == "cuda":
+    if kernels_run(device, dtype):
         from bench.kernel_cases import rope as kernel
         from fastlora.kernels.rope import rotate
 

@@ -11,6 +11,7 @@ import torch
 
 from bench import timing
 from bench.check import Verdict
+from fastlora.ops import backend
 
 OURS = "fastlora"
 NO_GPU = "no GPU: CPU sizes through the torch reference path; these times say nothing about the kernels"
@@ -63,6 +64,11 @@ class Case:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def kernels_run(device: str, dtype: torch.dtype) -> bool:
+    """Whether the library's kernels run there: on a GPU that has a tile table, or in the interpreter where a test forces them."""
+    return backend.explain(torch.device(device, 0) if device == "cuda" else torch.device(device), dtype)[0] == "triton"
 
 
 def draw(device: str, dtype: torch.dtype, *shape: int, scale: float = 1.0) -> torch.Tensor:

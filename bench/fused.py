@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import fastlora
+from bench.cases import kernels_run
 from bench.peers import random_b
 from fastlora.exact import discard, exact
 from fastlora.inject import lora_layers
@@ -75,7 +76,7 @@ class Adapted:
         fastlora.inject(self.net, fastlora.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(weights)), seed=1)
         random_b(self.net, rank, torch.Generator(device).manual_seed(2))
         self.groups = None
-        if device == "cuda":
+        if kernels_run(device, next(iter(weights.values())).dtype):
             from fastlora.ops.projections import Projections
 
             self.groups = [Projections([getattr(self.net, name) for name in names]) for names in groups]

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from bench import check, maths
-from bench.cases import OURS, Case, Size, draw
+from bench.cases import OURS, Case, Size, draw, kernels_run
 from fastlora.exact import TokenSum
 
 CUBLAS, COPY, SDPA = "cuBLAS", "copy of the same bytes", "sdpa"
@@ -44,9 +44,10 @@ def copy_of(bytes_moved: int, device: str):
     return lambda: target.copy_(source)
 
 
-def _factors(size: Size, device: str, dtype: torch.dtype):
-    a, b = draw(device, dtype, size.rank, size.inner, scale=size.inner**-0.5), draw(device, dtype, size.outer, size.rank, scale=0.1)
-    return a, b
+def _factors(size: Size, device: str, dtype: torch.dtype, columns: int | None = None):
+    """A and B, of as many rank columns as the kernels store."""
+    rank = columns or size.rank
+    return draw(device, dtype, rank, size.inner, scale=size.inner**-0.5), draw(device, dtype, size.outer, rank, scale=0.1)
 
 
 def gemm_forward(size: Size, device: str, dtype: torch.dtype) -> Case:
@@ -54,10 +55,12 @@ def gemm_forward(size: Size, device: str, dtype: torch.dtype) -> Case:
     x, w = draw(device, dtype, size.tokens, size.inner), draw(device, dtype, size.outer, size.inner, scale=size.inner**-0.5)
     a, b = _factors(size, device, dtype)
     calls, notes = {CUBLAS: lambda: torch.mm(x, w.t())}, []
-    if device == "cuda":
+    if kernels_run(device, dtype):
         from fastlora.kernels.gemm import gemm
+        from fastlora.kernels.launch import padded_rank
 
-        s = draw(device, dtype, size.tokens, size.rank)
+        a, b = _factors(size, device, dtype, padded_rank(size.rank))
+        s = draw(device, dtype, size.tokens, b.shape[1])
         calls[OURS] = lambda: gemm(x, w, s, b, transposed=True)
         calls["fastlora-r0"] = lambda: gemm(x, w, transposed=True)
     else:
@@ -74,10 +77,12 @@ def gemm_dx(size: Size, device: str, dtype: torch.dtype) -> Case:
     dy, w = draw(device, dtype, size.tokens, size.outer), draw(device, dtype, size.outer, size.inner, scale=size.inner**-0.5)
     a, b = _factors(size, device, dtype)
     calls, notes = {CUBLAS: lambda: torch.mm(dy, w)}, []
-    if device == "cuda":
+    if kernels_run(device, dtype):
         from fastlora.kernels.gemm import gemm
+        from fastlora.kernels.launch import padded_rank
 
-        ds = draw(device, dtype, size.tokens, size.rank)
+        a, b = _factors(size, device, dtype, padded_rank(size.rank))
+        ds = draw(device, dtype, size.tokens, a.shape[0])
         calls[OURS] = lambda: gemm(dy, w, ds, a, transposed=False)
     else:
         from fastlora.ops.reference import backward_ref
@@ -97,16 +102,16 @@ def low_rank(size: Size, device: str, dtype: torch.dtype, which: str) -> Case:
     from fastlora.ops.triton_path import low_rank_gradients
 
     wide = size.inner if which != "ds-db" else size.outer
-    x, s = draw(device, dtype, size.tokens, wide), draw(device, dtype, size.tokens, size.rank)
-    a, b = _factors(size, device, dtype)
     layout = single(size.rank, size.outer, 1.0)
+    x, s = draw(device, dtype, size.tokens, wide), draw(device, dtype, size.tokens, layout.columns)
+    a, b = _factors(size, device, dtype, layout.columns)
     if which == "s":
         own = lambda: project(x, a, layout)  # noqa: E731
     elif which == "ds-db":
-        sink = Sink.of(TokenSum(b.shape, device))
+        sink = Sink.of(TokenSum((size.outer, size.rank), device))
         own = lambda: low_rank_gradients(x, s, b, layout, sink)  # noqa: E731
     else:
-        sink = Sink.of(TokenSum(a.shape, device))
+        sink = Sink.of(TokenSum((size.rank, size.inner), device))
         own = lambda: sum_a(x, s, layout, sink=sink)  # noqa: E731
     moved = (x.numel() + s.numel()) * x.element_size()
     verify = lambda: check.linear(size.inner, size.outer, size.rank, 0.0, True, device, dtype)  # noqa: E731
@@ -116,7 +121,7 @@ def low_rank(size: Size, device: str, dtype: torch.dtype, which: str) -> Case:
 def norm_forward(size: Size, device: str, dtype: torch.dtype) -> Case:
     """RMSNorm of rows; on a GPU with the residual sum in front, as a decoder layer has it."""
     h, add, w = (draw(device, dtype, *s) for s in ((size.tokens, size.inner), (size.tokens, size.inner), (size.inner,)))
-    if device == "cuda":
+    if kernels_run(device, dtype):
         from fastlora.kernels import rms_norm as file
 
         own, tensors = (lambda: file.norm_forward(h, w, EPS, "round_first", add=add)), 4
@@ -185,7 +190,7 @@ def glu_forward(size: Size, device: str, dtype: torch.dtype) -> Case:
     """act(gate) * up."""
     both = draw(device, dtype, size.tokens, 2 * size.outer)
     gate, up = both.chunk(2, dim=1)
-    if device == "cuda":
+    if kernels_run(device, dtype):
         from fastlora.kernels.glu import glu_forward as kernel
 
         own = lambda: kernel(both, "silu")  # noqa: E731

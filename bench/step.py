@@ -30,6 +30,10 @@ FROZEN = "frozen"
 ALIGNMENTS = (128, 64, 32)
 # Bytes that may stay allocated when a system is gone: workspaces of libraries, cached scales and positions.
 LEFT_OVER = 256 * 2**20
+# What a system may take at most, built and timed; whole models are compiled in minutes.
+SYSTEM_SECONDS, COMPILE_SECONDS = 25.0, 120.0
+# Room that two models beside each other need beyond what was counted: the allocator's fragments.
+MARGIN = 5 * 2**30
 # Variants are compared with their base system; only these are timed with the optimiser's step too.
 _PLAIN = frozenset({"ckpt", "liger", "compile", "layers"})
 _ATTENTION = re.compile(r"flash|fmha|cudnn|sdpa|attention|efficient", re.IGNORECASE)
@@ -41,12 +45,12 @@ def default_systems(shape: Shape) -> list[str]:
     names = ["fastlora", "fastlora+ckpt", "peft", "peft+ckpt"]
     names += ["peft+liger", "peft+liger+ckpt"] if liger else []
     names += ["fastlora+dropout", "fastlora+r128", "fastlora+t2048", "fastlora+float"]
+    names += ["frozen+liger+compile" if liger else "frozen+compile", "peft+compile"]
     for lengths in ("rows", "library"):
         names += [f"fastlora+{lengths}", f"fastlora+{lengths}+align64", f"peft+{lengths}"]
         names += [f"peft+{lengths}+fa2"] if flash else []
         names += [f"peft+liger+{lengths}"] if liger else []
     names += ["fastlora+cap79", "fastlora+ckpt+t2048+cap23"] if shape.name == "llama-3.1-8b" else []
-    names += ["frozen+liger+compile" if liger else "frozen+compile", "peft+compile"]
     return names
 
 
@@ -99,6 +103,7 @@ class Session:
         self.frozen: systems.Running | None = None
         self.checked: dict[tuple, check.Verdict] = {}
         self.alone: timing.Timing | None = None
+        self.fits_beside = True
 
     def parse(self, name: str) -> systems.Spec:
         """The system of that name at this run's sizes."""
@@ -114,7 +119,10 @@ class Session:
         self.frozen = self.start(self.parse(FROZEN))
         self.frozen.step()
         names = _launches(self.frozen.step)
+        resident = allocated() - before
         peak = _peak_since(before, self.frozen.step)
+        if peak is not None:
+            self.fits_beside = peak + resident + MARGIN <= torch.cuda.get_device_properties(0).total_memory
         taken = self._interleaved({FROZEN: self.frozen.step})
         self.alone = taken[FROZEN]
         attention = sorted({name for name in names if _ATTENTION.search(name)})
@@ -156,11 +164,12 @@ class Session:
 
     def timed(self, spec: systems.Spec) -> dict:
         """A system beside the frozen model in turns, or one after the other where both do not fit."""
-        try:
-            return self._beside(spec)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
+        if self.fits_beside:
+            try:
+                return self._beside(spec)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
         # Outside the except block: the error held every activation of the failed step.
         self.drop_frozen()
         return self._after(spec)
@@ -325,12 +334,11 @@ def run(plan: Plan, names: Sequence[str] | None, path: str | pathlib.Path | None
             write_result(path, result)
 
     keep(session.frozen_row())
-    for place, name in enumerate(names):
-        if plan.left < 0:
-            for skipped in names[place:]:
-                keep({"system": skipped, "not_timed": f"the time limit of {plan.time_limit:.0f} s was reached"})
-            break
-        keep(session.row(name))
+    for name in names:
+        if plan.left < (COMPILE_SECONDS if "compile" in session.parse(name).flags else SYSTEM_SECONDS):
+            keep({"system": name, "not_timed": f"the time limit of {plan.time_limit:.0f} s was near"})
+        else:
+            keep(session.row(name))
     session.drop_frozen()
     return result
 

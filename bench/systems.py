@@ -116,7 +116,6 @@ class Running:
     tokens: int
     padded: int
     notes: list[str] = field(default_factory=list)
-    undo: list[Callable[[], None]] = field(default_factory=list)
 
     def step(self) -> None:
         """Forward and backward, gradients dropped: what the frozen model does too."""
@@ -129,9 +128,7 @@ class Running:
         self.update()
 
     def close(self) -> None:
-        """Let go of everything, so that the memory can be freed."""
-        while self.undo:
-            self.undo.pop()()
+        """Let go of everything, so that the memory can be freed; a model that goes has nothing to be put back."""
         self.compute = self.clear = self.update = None
 
 
@@ -208,13 +205,10 @@ def _fastlora(spec: Spec, model: nn.Module, device) -> Running:
     config = fastlora.LoraConfig(r=spec.rank, lora_alpha=spec.rank, lora_dropout=spec.dropout)
     fastlora.inject(model, config, seed=0)
     peers.random_b(model, spec.rank, torch.Generator(device).manual_seed(2))
-    undo = [make_invariant(model).undo]
-    notes = []
+    make_invariant(model)
     _checkpoint(model, spec)
     fused = fuse(model)
-    if fused is not None:
-        undo.append(fused.undo)
-        notes.append(fused.line() if hasattr(fused, "line") else "decoder layers fused")
+    notes = [] if fused is None else [fused.line()]
     model.train()
     objective, optimizer = Objective(model), fastlora.AdamW(model, RATE)
     ids = packing.sample_ids(rows)
@@ -243,7 +237,7 @@ def _fastlora(spec: Spec, model: nn.Module, device) -> Running:
         optimizer.zero_grad(set_to_none=True)
 
     padded = sum(batch.stream.total for batch in batches)
-    return Running(compute, clear, update, supervised, sum(map(len, rows)), padded, notes, undo)
+    return Running(compute, clear, update, supervised, sum(map(len, rows)), padded, notes)
 
 
 def fuse(model: nn.Module):

@@ -43,7 +43,7 @@ def test_run_times_every_system_that_runs_on_cpu(tmp_path, monkeypatch):
     assert list(rows) == ["frozen", *RUNS]
     assert result["provenance"]["versions"]["torch"] == torch.__version__
     assert all(row["control"]["median"] > 0 and row["time"]["median_ms"] > 0 for row in rows.values())
-    assert rows["fastlora"]["verified"]["notes"] == ["two cuts of three documents: the same bits"]
+    assert rows["fastlora"]["verified"]["notes"] == ["two cuts of the documents: the same bits"]
     assert rows["fastlora"]["verified"]["worst_share"] <= 1.0
     assert rows["fastlora"]["with_optimizer"]["median_ms"] > 0
     assert rows["fastlora"]["supervised_tokens"] == rows["peft"]["supervised_tokens"] == 159
