@@ -20,7 +20,6 @@ from torch import nn
 from fastlora import stream
 from fastlora.families import Layout, family_of
 from fastlora.ops import attention, backend
-from fastlora.ops.attention_triton import document_edges, fits
 
 PROBE_TOKENS = 128
 # The fused layer may be this many times as far from the layer in fp32 as the model's own layer in its dtype.
@@ -78,6 +77,7 @@ class _FusedLayer:
 
     def _place(self, hidden: torch.Tensor, args: tuple, keywords: dict):
         """Where this call takes place; None where the layer's own forward must run."""
+        from fastlora.ops.attention_triton import document_edges, fits
         from fastlora.ops.decoder_layer import Place
 
         current, plan = stream.active(), self._fastlora_plan
@@ -173,9 +173,6 @@ def _products(layer: nn.Module, layout: Layout) -> list[list[nn.Module]]:
 
 def _why_not(layer: nn.Module, layout: Layout) -> str:
     """Why this layer cannot be fused; empty if it can."""
-    from fastlora.kernels.launch import arch_of
-    from fastlora.kernels.tables import ATTENTION_MAX_HEAD
-
     for group in _products(layer, layout):
         for module in group:
             if not isinstance(module, nn.Linear):
@@ -187,7 +184,9 @@ def _why_not(layer: nn.Module, layout: Layout) -> str:
     weight = layer.self_attn.o_proj.weight
     if backend.pick(weight) != "triton":
         return backend.explain(weight.device, weight.dtype)[1]
-    if layer.self_attn.head_dim > ATTENTION_MAX_HEAD[arch_of(weight)]:
+    from fastlora.ops.attention_triton import fits_head  # imports Triton, absent on macOS and Windows
+
+    if not fits_head(weight, layer.self_attn.head_dim):
         return f"heads of {layer.self_attn.head_dim} are wider than its attention kernel allows"
     if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"weights are {weight.dtype}"
@@ -266,10 +265,11 @@ def _probe(layer: nn.Module, plan) -> str:
             done.undo()
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
         return f"its probe raised {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    terms = sum(g.modules[0].in_features for g in plan.groups) + plan.head_dim + PROBE_TOKENS
     for name, e, w, f in zip(("output", "gradient"), eager, exact, fused):
-        # in fp32 the model's own layer is the reference: allow a rounding for each term of a sum, and one of the residual sum
+        # in fp32 the model's own layer is the reference: allow a rounding for each term of each sum, and one of the residual sum
         of_residual = float((h if name == "output" else dy).detach().double().norm())
-        floor = 2.0**-24 * (like.shape[1] * float(w.norm()) + of_residual) if like.dtype == torch.float32 else 0.0
+        floor = 2.0**-24 * (terms * float(w.norm()) + of_residual) if like.dtype == torch.float32 else 0.0
         own_error, error = float((e - w).norm()), float((f - w).norm())
         if not error <= PROBE_SLACK * own_error + floor:
             return f"its probe's {name} is {error:.3g} from the layer in fp32, the model's own {own_error:.3g}"

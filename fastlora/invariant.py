@@ -21,6 +21,7 @@ from torch import nn
 from fastlora import blocks
 from fastlora.errors import InputError
 from fastlora.families import batch_dependent_rope
+from fastlora.fuse import Fused, fuse
 from fastlora.ops import attention, glu, rms_norm
 from fastlora.ops.frozen_linear import frozen_linear
 from fastlora.ops.reference import ALIGN_BYTES
@@ -69,10 +70,12 @@ class Invariant:
 
     Attributes:
         not_exact: (module path, reason) of everything for which exactness is not claimed.
+        fused: what :func:`fastlora.fuse.fuse` did on a GPU, else None.
     """
 
     def __init__(self) -> None:
         self.not_exact: list[tuple[str, str]] = []
+        self.fused: Fused | None = None
         self._undo: list[Callable[[], None]] = []
 
     def undo(self) -> None:
@@ -107,6 +110,10 @@ def make_invariant(model: nn.Module) -> Invariant:
         devices = sorted({p.device.type for p in model.parameters()})
         if devices == ["cpu"]:
             _align(model)
+        else:
+            # before its modules are swapped: the probe compares with the model's own
+            done.fused = fuse(model)
+            done._undo.append(done.fused.undo)
         _swap_modules(model, done, devices)
     except BaseException:
         done.undo()

@@ -126,6 +126,8 @@ class Trainer:
 
         invariant = make_invariant(model)
         stack.callback(invariant.undo)
+        if invariant.fused:
+            say(f"layers: {invariant.fused.line()}")
         model.train()
         self.objective = Objective(model)
         first = self.batch_of(1)

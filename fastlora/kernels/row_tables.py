@@ -56,7 +56,7 @@ def norm_tile(arch: str, dtype: torch.dtype, width: int) -> Tile:
     """Tile of RMSNorm: bm rows whole, bk their width as a power of two."""
     bk = power_of_two(max(width, 16))
     if arch == "interpreter":
-        return Tile(2, bk=bk, warps=4, stages=1)
+        return Tile(16, bk=bk, warps=4, stages=1)
     each = _each(dtype)
     bm = max(1, each * _FOUR_WARPS // bk)
     warps = _warps(arch, bm * bk, each)
@@ -68,7 +68,7 @@ def norm_tile(arch: str, dtype: torch.dtype, width: int) -> Tile:
 def glu_tile(arch: str, dtype: torch.dtype, width: int) -> Tile:
     """Tile of the gates: bn columns of one row."""
     if arch == "interpreter":
-        return Tile(1, 32, warps=4, stages=1)
+        return Tile(16, 32, warps=4, stages=1)
     each = _each(dtype)
     bn = max(256, _block(width, each * _FOUR_WARPS))
     return Tile(1, bn, warps=_warps(arch, bn, each), stages=1)
@@ -77,7 +77,7 @@ def glu_tile(arch: str, dtype: torch.dtype, width: int) -> Tile:
 def head_tile(arch: str, dtype: torch.dtype, heads: int, head_dim: int) -> Tile:
     """Tile of RoPE and of the norm of heads: bm heads of one token."""
     if arch == "interpreter":
-        return Tile(2, warps=4, stages=1)
+        return Tile(64, warps=4, stages=1)
     each = _each(dtype)
     width = power_of_two(head_dim)
     bm = _block(heads, max(1, each * _FOUR_WARPS // width))

@@ -113,10 +113,10 @@ def token_sum_kernel(
             m_q = o_c // R == i_q
             p_q = p_stats + (i_p + i_q) * 4
             counts = tl.sum(tl.where(m_q, b_counts, 0), 0)
-            tl.atomic_min(p_q, tl.min(tl.where(m_q, b_broken, 4611686018427387904), 0), sem="relaxed")
+            tl.atomic_min(p_q, tl.min(tl.where(m_q, b_broken, 4611686018427387904), 0).to(tl.int64), sem="relaxed")
             tl.atomic_max(p_q + 1, tl.max(tl.where(m_q, b_top, 0), 0).to(tl.int64), sem="relaxed")
-            tl.atomic_add(p_q + 2, counts & 0xFFFFFFFF, sem="relaxed")
-            tl.atomic_add(p_q + 3, counts >> 32, sem="relaxed")
+            tl.atomic_add(p_q + 2, (counts & 0xFFFFFFFF).to(tl.int64), sem="relaxed")
+            tl.atomic_add(p_q + 3, (counts >> 32).to(tl.int64), sem="relaxed")
     else:
         tl.store(p_out + i_run.to(tl.int64) * OUT_SIZE + o_out, b_sum, mask=m_out)
 

@@ -12,9 +12,14 @@ from fastlora.kernels.tables import ATTENTION_BLOCK, ATTENTION_MAX_HEAD
 from fastlora.ops.attention_pieces import Rule
 
 
+def fits_head(tensor: torch.Tensor, head: int) -> bool:
+    """Whether the kernels serve heads of this width on the tensor's device."""
+    return head <= ATTENTION_MAX_HEAD[arch_of(tensor)]
+
+
 def fits(query: torch.Tensor, spans: tuple[tuple[int, int], ...], head: int) -> bool:
     """Whether the kernels serve these documents: every start and end at a multiple of the block, heads not too wide."""
-    return head <= ATTENTION_MAX_HEAD[arch_of(query)] and all(edge % ATTENTION_BLOCK == 0 for span in spans for edge in span)
+    return fits_head(query, head) and all(edge % ATTENTION_BLOCK == 0 for span in spans for edge in span)
 
 
 @functools.lru_cache(maxsize=8)

@@ -7,64 +7,14 @@ import copy
 import pytest
 import torch
 
-from fastlora import LoraConfig, exact, inject, stream
+from fastlora import LoraConfig, exact, inject
 from fastlora.fuse import fuse
 from fastlora.invariant import make_invariant
 from fastlora.ops import backend
+from tests.fuse_cases import FAMILIES, build, gradients, run
 from tests.models import tiny_model
 
 pytestmark = pytest.mark.interpreter
-
-LENGTHS = (40, 70, 5)
-FAMILIES = {
-    "llama": {},
-    "mistral": {"sliding_window": 40},
-    "qwen2": {},
-    "qwen3": {},
-    "gemma": {},
-    "gemma2": {"query_pre_attn_scalar": 8, "sliding_window": 40},
-    "gemma3_text": {"query_pre_attn_scalar": 8, "sliding_window": 40},
-    "phi3": {"partial_rotary_factor": 0.5, "head_dim": 8},
-    "smollm3": {},
-    "granite": {"residual_multiplier": 0.5, "attention_multiplier": 0.3},
-}
-
-
-def build(family: str, dropout: float = 0.0, **lora) -> torch.nn.Module:
-    """A tiny model with adapters whose B is not zero."""
-    model = tiny_model(family, layers=1, max_position_embeddings=256, **FAMILIES[family]).requires_grad_(False)
-    inject(model, LoraConfig(**{"r": 3, "lora_dropout": dropout, **lora}), seed=0)
-    draw = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1, generator=draw)
-    return model
-
-
-def batch(indices, width: int) -> tuple[stream.Stream, torch.Tensor, torch.Tensor]:
-    """(stream, hidden states, their gradient) of some of the documents, each the same wherever it stands."""
-    made = stream.Stream(tuple(LENGTHS[i] for i in indices), 64, tuple(indices), seed=3, step=5)
-    x, dy = torch.zeros(1, made.total, width), torch.zeros(1, made.total, width)
-    for (start, _), i in zip(made.spans, indices):
-        draw, n = torch.Generator().manual_seed(i), LENGTHS[i]
-        x[0, start : start + n] = torch.randn(n, width, generator=draw)
-        dy[0, start : start + n] = torch.randn(n, width, generator=draw)
-    return made, x, dy
-
-
-def run(model, indices, forced: str):
-    """Output and input gradient of the decoder over some documents; gradients stay where the mode puts them."""
-    made, x, dy = batch(indices, model.config.hidden_size)
-    x.requires_grad_()
-    with stream.use(made), backend.use(forced):
-        y = model.get_decoder()(inputs_embeds=x, position_ids=made.positions()[None], use_cache=False).last_hidden_state
-        y.backward(dy)
-    return y.detach(), x.grad
-
-
-def gradients(model) -> dict[str, torch.Tensor]:
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
 
 def near(got: torch.Tensor, wanted: torch.Tensor) -> bool:
     """fp32 sums in two orders, some layers deep: a thousand roundings of the largest element."""
@@ -76,25 +26,25 @@ def test_fused_layers_agree_with_the_models_own(family):
     model = build(family)
     plain = copy.deepcopy(model)
     undo = make_invariant(plain)
-    wanted = run(plain, (1, 2), "reference")
+    wanted = run(plain, (2,), "reference")
     undo.undo()
     with backend.use("triton"):
         handle = fuse(model)
     assert not handle.refused and len(handle.layers) == 1
-    got = run(model, (1, 2), "triton")
+    got = run(model, (2,), "triton")
     assert all(near(g, w) for g, w in zip(got, wanted))
     ours, theirs = gradients(model), gradients(plain)
     assert ours.keys() == theirs.keys()
     assert all(near(ours[n], theirs[n]) for n in theirs), [n for n in theirs if not near(ours[n], theirs[n])]
 
 
-@pytest.mark.parametrize(("family", "dropout"), [("llama", 0.0), ("llama", 0.2), ("gemma3_text", 0.0), ("qwen3", 0.2)])
+@pytest.mark.parametrize(("family", "dropout"), [("llama", 0.2), ("gemma3_text", 0.0)])
 def test_fused_layers_give_one_sum_for_every_split(family, dropout):
     found = []
-    for cuts in (((0, 1, 2),), ((2,), (0,), (1,)), ((1, 0), (2,))):
+    for cuts in (((0, 2),), ((2,), (0,))):
         model = build(family, dropout)
         with backend.use("triton"):
-            handle = fuse(model, checkpoint_every=2 if len(cuts) == 2 else 0)
+            handle = fuse(model, checkpoint_every=len(cuts) - 1)
         assert handle.layers
         with exact(model):
             for cut in cuts:
