@@ -81,7 +81,7 @@ def verify(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
-    """Timings against the frozen layer. `nox -s bench -- gate` compiles every kernel for every GPU instead."""
+    """Kernels and blocks timed against the frozen ones; `-- step`: whole models; `-- gate`: compile all, no GPU; `-- publish`."""
     python(session, "-m", "bench", *session.posargs)
 
 
