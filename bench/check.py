@@ -19,12 +19,11 @@ from torch import nn
 
 import fastlora
 from bench.shapes import Shape, build
-from bench.systems import Spec, fuse
+from bench.systems import Spec, prepare
 from fastlora import blocks, packing, stream
 from fastlora.data import Row, make_row
 from fastlora.exact import discard, exact
 from fastlora.inject import lora_layers
-from fastlora.invariant import make_invariant
 from fastlora.ops.dropout import module_key
 from fastlora.setup import Objective
 from verify.claims.accuracy import OUTPUTS, bounds_of
@@ -183,13 +182,10 @@ def _our_gradients(
     net: nn.Module, spec: Spec, batch: packing.MicroBatch, others: Sequence[packing.MicroBatch]
 ) -> tuple[dict, list[str]]:
     """The same through the library, as the configuration runs it; with exact sums also what another cut gives."""
-    make_invariant(net)
     if "ckpt" in spec.flags:
         net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    fused = fuse(net)
-    net.train()
+    notes = prepare(net)
     objective, floats = Objective(net), "float" in spec.flags
-    notes = [] if fused is None else [fused.line()]
 
     def gradients(batches: Sequence[packing.MicroBatch]) -> dict:
         one = blocks.single_thread() if batch.labels.device.type == "cpu" else contextlib.nullcontext()

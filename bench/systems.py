@@ -205,11 +205,8 @@ def _fastlora(spec: Spec, model: nn.Module, device) -> Running:
     config = fastlora.LoraConfig(r=spec.rank, lora_alpha=spec.rank, lora_dropout=spec.dropout)
     fastlora.inject(model, config, seed=0)
     peers.random_b(model, spec.rank, torch.Generator(device).manual_seed(2))
-    make_invariant(model)
     _checkpoint(model, spec)
-    fused = fuse(model)
-    notes = [] if fused is None else [fused.line()]
-    model.train()
+    notes = prepare(model)
     objective, optimizer = Objective(model), fastlora.AdamW(model, RATE)
     ids = packing.sample_ids(rows)
     batches = [
@@ -240,11 +237,15 @@ def _fastlora(spec: Spec, model: nn.Module, device) -> Running:
     return Running(compute, clear, update, supervised, sum(map(len, rows)), padded, notes)
 
 
-def fuse(model: nn.Module):
-    """``fastlora.fuse.fuse(model)`` where the kernels run and the library has it; else None."""
-    weight = next(model.parameters())
-    if backend.explain(weight.device, weight.dtype)[0] != "triton" or not peers.installed("fastlora.fuse"):
-        return None
-    from fastlora.fuse import fuse as fuse_layers
+def prepare(model: nn.Module) -> list[str]:
+    """What the trainer does with an injected model before its first step; one line about fused layers, or none.
 
-    return fuse_layers(model)
+    ``make_invariant`` fuses on a GPU. Where the kernels run in the interpreter, layers are fused here.
+    """
+    fused, weight = make_invariant(model).fused, next(model.parameters())
+    if fused is None and backend.explain(weight.device, weight.dtype)[0] == "triton":
+        from fastlora.fuse import fuse
+
+        fused = fuse(model)
+    model.train()
+    return [] if fused is None else [fused.line()]
