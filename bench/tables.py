@@ -50,9 +50,9 @@ def step_table(result: dict) -> str:
         whole = row.get("with_optimizer")
         body.append((
             row["system"], f"{row['time']['median_ms']:.1f}", spread(row["over_frozen"]), f"{whole['median']:.3f}" if whole else "-",
-            f"{speed:,.0f}", gib(row["peak_bytes"]),
+            f"{speed:,.0f}", gib(row["peak_bytes"]), str(row.get("launches") or "-"),
         ))  # fmt: skip
-    titles = ("system", "forward + backward, ms", "over frozen", "with optimiser, over frozen", "tokens/s", "peak GiB")
+    titles = ("system", "forward + backward, ms", "over frozen", "with optimiser, over frozen", "tokens/s", "peak GiB", "launches")
     parts = [head + ":", table(titles, body)]
     kernels = next((row.get("attention_kernels") for row in rows if row["system"] == "frozen"), None)
     notes = [noise(rows) + "."]
