@@ -246,7 +246,9 @@ def _probe(layer: nn.Module, plan) -> str:
     def run(which: nn.Module, dtype: torch.dtype):
         x = h.to(dtype).requires_grad_()
         around = backend.use("reference") if which is not layer else contextlib.nullcontext()
-        with stream.use(one), around, torch.enable_grad():
+        # on this thread: the engine's own has no context for cuBLAS yet, and warns
+        alone = torch.autograd.set_multithreading_enabled(False)
+        with stream.use(one), around, torch.enable_grad(), alone:
             y = which(x, position_embeddings=(angle.cos().to(dtype), angle.sin().to(dtype)), attention_mask=None)
             y = y[0] if isinstance(y, tuple) else y
             (dx,) = torch.autograd.grad(y, (x,), dy.to(dtype))

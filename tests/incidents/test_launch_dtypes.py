@@ -7,6 +7,8 @@ bf16 layer a fp16 layer got the bf16 binary, which wrote bf16 bits into a fp16 t
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 
@@ -25,7 +27,7 @@ class Recorder:
     def __getitem__(self, grid):
         def first_launch(p_in, p_out, **constants):
             self.compiled.append(p_out.dtype)
-            return {grid + (1,) * (3 - len(grid)): lambda *arguments: None}
+            return types.SimpleNamespace(run=lambda *arguments: None, function=None, packed_metadata=None)
 
         return first_launch
 

@@ -30,7 +30,7 @@ STATEMENT = (
     "differ, and dropout changes the result."
 )
 
-# Of this many cases in a row one trains a model and the others cut a single linear.
+# Of this many cases in a row the last trains a model and the others cut a single linear.
 ROUND = 4
 # float sums of one batch may agree by chance on a small one; over this many batches they do not.
 ENOUGH_FOR_FLOATS = 3
@@ -61,7 +61,7 @@ def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
     trainings = endless("train", (), seed) if trainer else iter(())
     floats = {"linear": _Floats(), "model": _Floats()}
     while budget.more(out.cases) and not (budget.stop_at_failure and out.failures):
-        training = linear is None or (trainer is not None and out.cases % ROUND == 0)
+        training = linear is None or (trainer is not None and out.cases % ROUND == ROUND - 1)
         case = next(trainings if training else linears, None)
         if case is None:
             break
