@@ -51,7 +51,7 @@ def lora_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def discard(model: nn.Module) -> None:
     """Drop the exact sums of ``model`` that no optimiser step has used, and leave exact mode."""
-    _release([m for _, m in lora_modules(model)])
+    release([m for _, m in lora_modules(model)])
 
 
 @contextlib.contextmanager
@@ -85,7 +85,7 @@ def exact(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        _release(modules)
+        release(modules)
         raise
     for m in modules:
         m.exact = False
@@ -98,8 +98,9 @@ def _open(module: nn.Module) -> None:
     fits = module.sums is not None and all(
         s.total.shape == p.shape and s.total.device == p.device for s, p in zip(module.sums, parameters)
     )
-    if module.sums_from is not None:
-        module.sums = module.sums_from()
+    shared = getattr(module, "sums_from", None)
+    if shared is not None:
+        module.sums = shared()
     elif not fits:
         module.sums = tuple(TokenSum(p.shape, p.device) for p in parameters)
     for s in module.sums:
@@ -114,7 +115,8 @@ def _hold(modules: list[nn.Module]) -> None:
         _hooks.append(register_optimizer_step_pre_hook(_refuse_other_optimisers))
 
 
-def _release(modules: list[nn.Module]) -> None:
+def release(modules: list[nn.Module]) -> None:
+    """Leave exact mode in these modules and zero their sums."""
     for m in modules:
         m.exact = False
         for s in m.sums or ():

@@ -22,8 +22,8 @@ from torch import nn
 
 from fastlora import blocks
 from fastlora.errors import InputError, TrainingError
-from fastlora.exact import discard, lora_modules
-from fastlora.token_sum import check_all, units_to_gradient
+from fastlora.exact import lora_modules, release
+from fastlora.token_sum import TokenSum, check_all, units_to_gradient
 
 # Elements worked on at once: what stays in a core's cache; on a GPU what makes launches few.
 BLOCK = {"cpu": 2**15}
@@ -131,11 +131,11 @@ class AdamW(torch.optim.Optimizer):
             ok = supervised_tokens is not None and 0 < supervised_tokens < math.inf
             _within("supervised_tokens", supervised_tokens, ok, "a number > 0 (exact sums need it)")
         try:
-            entries = self._exact_entries(modules) if pending else self._grad_entries()
-            report = self._apply(entries, (supervised_tokens or 1) * self.gradient_scale)
+            entries, sums = self._exact_entries(modules) if pending else (self._grad_entries(), [])
+            report = self._apply(entries, sums, (supervised_tokens or 1) * self.gradient_scale)
         finally:
             if pending:
-                discard(self._model)
+                release([m for _, m in modules])
         return report
 
     def underflow_shares(self) -> dict[str, float]:
@@ -176,7 +176,7 @@ class AdamW(torch.optim.Optimizer):
             raise InputError("step: nothing to step on, neither exact sums nor any .grad; run backward first")
         return entries
 
-    def _exact_entries(self, modules: list[tuple[str, nn.Module]]) -> list[_Entry]:
+    def _exact_entries(self, modules: list[tuple[str, nn.Module]]) -> tuple[list[_Entry], list[tuple[str, TokenSum]]]:
         sums = {}
         for _, m in modules:
             if m.sums is not None and m.sums[0].pending:
@@ -190,11 +190,14 @@ class AdamW(torch.optim.Optimizer):
                                  "are A and B of LoRA linears")
             checked.append((name, sums[id(p)]))
             entries.append(self._entry(name, p, sums[id(p)].total, group))
-        for (name, _), (_, _, filled, small) in zip(checked, check_all(checked), strict=True):
+        return entries, checked
+
+    def _check(self, sums: list[tuple[str, TokenSum]]) -> None:
+        """Refuse sums that are not finite or may have wrapped; count what fixed point lost. Waits for the device."""
+        for (name, _), (_, _, filled, small) in zip(sums, check_all(sums), strict=True):
             seen = self._underflow.setdefault(name, [0, 0])
             seen[0] += filled
             seen[1] += small
-        return entries
 
     def _entry(self, name: str, p: torch.Tensor, raw: torch.Tensor, group: dict) -> _Entry:
         state = self.state[p]
@@ -205,9 +208,12 @@ class AdamW(torch.optim.Optimizer):
         m, v = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
         return _Entry(name, p.view(-1), raw.reshape(-1), m, v, group, state)
 
-    def _apply(self, entries: list[_Entry], divisor: float) -> StepReport:
+    def _apply(self, entries: list[_Entry], sums: list[tuple[str, TokenSum]], divisor: float) -> StepReport:
+        # All that can be launched is launched before the first wait, so that a GPU still at the backward has its next work.
         buckets = list(_buckets(entries))
-        norm = _norm(buckets, divisor)
+        squares = _squares(buckets, divisor)
+        self._check(sums)
+        norm = _norm(squares)
         if not math.isfinite(norm):
             bad = next(e.name for e in entries if not _gradient(e.raw, divisor).isfinite().all())
             raise TrainingError(f"{bad}: the gradient is NaN or infinite; no parameter was changed")
@@ -270,8 +276,8 @@ def _gradient(raw: torch.Tensor, divisor: float) -> torch.Tensor:
     return raw.double().div_(by).float()
 
 
-def _norm(buckets: list[list[_Piece]], divisor: float) -> float:
-    """The global L2 norm. Squares of fp32 are exact in float64; rows of fixed length are summed there."""
+def _squares(buckets: list[list[_Piece]], divisor: float) -> list[torch.Tensor]:
+    """Sums of squares over rows of fixed length, a float64 tensor a device. Squares of fp32 are exact in float64."""
     rows: dict[int, torch.Tensor] = {}
 
     def square(bucket: list[_Piece]) -> None:
@@ -283,9 +289,13 @@ def _norm(buckets: list[list[_Piece]], divisor: float) -> float:
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for bucket in buckets:
         by_device.setdefault(bucket[0][0].p.device, []).append(rows[id(bucket)])
-    values = [x for parts in by_device.values() for x in torch.cat(parts).tolist()]
+    return [torch.cat(parts) for parts in by_device.values()]
+
+
+def _norm(squares: list[torch.Tensor]) -> float:
+    """The global L2 norm. Waits for the devices."""
     # fsum raises on inf - inf only; a NaN or infinity among the rows passes through to the caller.
-    return math.sqrt(math.fsum(values))
+    return math.sqrt(math.fsum(x for part in squares for x in part.tolist()))
 
 
 _STORED = (attrgetter("p"), attrgetter("m"), attrgetter("v"))

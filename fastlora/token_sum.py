@@ -11,6 +11,7 @@ chunks. The fixed-point sum is the classic reproducible accumulator (Demmel and 
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Iterable
 
@@ -216,7 +217,7 @@ def check_all(named: list[tuple[str, TokenSum]]) -> list[list[int]]:
     for (name, s), (chunk, bits, _, _) in zip(named, rows, strict=True):
         if chunk != NO_CHUNK:
             raise TrainingError(f"{name}: the gradient is NaN or infinite (first in chunk {chunk})")
-        peak = torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()
+        (peak,) = struct.unpack("<f", struct.pack("<i", bits))
         if peak * s.chunks >= LIMIT:
             raise TrainingError(
                 f"{name}: the exact gradient sum may overflow (largest partial {peak:.6g} x "

@@ -101,7 +101,7 @@ def token_sum_tile(arch: str, dtype: torch.dtype, rank: int, *, with_ds: bool) -
     if arch == "interpreter":
         return Tile(32, 32, warps=4, stages=1)
     if dtype == torch.float32:
-        return Tile(32, 64 if rank <= 64 else 32, warps=4 if rank <= 64 else 8, stages=2)
+        return Tile(32, 64 if rank <= 64 else 32, warps=8 if with_ds or rank > 64 else 4, stages=2)
     small = SHARED_MEMORY[arch] < 128 * 1024
     if with_ds:
         if arch == "gfx942":
@@ -109,10 +109,14 @@ def token_sum_tile(arch: str, dtype: torch.dtype, rank: int, *, with_ds: bool) -
         if small:
             return Tile(64, 128 if rank <= 16 else 64, warps=4, stages=2)
         return Tile(64, 256 if rank <= 16 and arch == "sm_90" else 128, warps=4 if rank <= 16 else 8, stages=3)
+    if rank <= 32:
+        return Tile(64, 64, warps=8 if arch == "sm_120" else 4, stages={"sm_90": 4, "sm_80": 3}.get(arch, 2))
     if rank <= 64:
-        return Tile(64, 64, warps=8 if arch == "sm_120" or rank > 32 else 4, stages=4 if arch == "sm_90" else 2)
+        # 64 columns of integers: where the matrix instruction leaves its result in registers, a narrower tile, or they spill
+        narrow = {"sm_120": Tile(64, 16, warps=4, stages=2)} | dict.fromkeys(("sm_80", "sm_86", "sm_89"), Tile(64, 32, warps=8, stages=2))
+        return narrow.get(arch, Tile(64, 64, warps=8, stages=4 if arch == "sm_90" else 2))
     if rank <= 128:
-        return Tile(64, 64, warps=8, stages=2)
+        return Tile(64, 16, warps=8, stages=1) if arch == "gfx942" else Tile(64, 32, warps=8, stages=2)
     return Tile(32, 16, warps=8, stages=1) if arch == "gfx942" else Tile(64, 32, warps=8, stages=2)
 
 
@@ -142,7 +146,7 @@ def attention_tile(arch: str, dtype: torch.dtype, head: int, *, walk: str) -> Ti
     if head > 128 and (small or arch == "sm_90" and walk == "keys"):
         step = 16
     if walk == "queries" and (arch, head) in (("sm_120", 64), ("gfx942", 128)):
-        return Tile(16, ATTENTION_BLOCK, warps=4 if head <= 64 else 8, stages=1)
+        return Tile(16, ATTENTION_BLOCK, warps=4, stages=1)
     stages = 1 if dtype == torch.float32 or head > 128 or (small and head > 64) else 2
     # sm_90, dK and dV, 128 wide: 4 warps spill 16 bytes and still take 1.16 ms where 8 warps take 1.89 (H100, 32 heads, 4 x 2048)
     narrow = head <= 128 and (walk == "keys" or arch == "sm_90")

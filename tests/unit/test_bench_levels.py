@@ -107,6 +107,7 @@ def test_command_step_writes_a_result(monkeypatch, tmp_path, capsys):
 @pytest.mark.slow
 def test_command_block_runs_pytest_benchmark(tmp_path, monkeypatch):
     path = tmp_path / "b.json"
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark times nothing in a worker of xdist
     assert run(monkeypatch, "block", "--output", str(path), "-k", "norm") == 0
     result = json.loads(path.read_text())
     assert result["kind"] == "block"
