@@ -51,4 +51,4 @@ def keep_mask(b_token, i_feature, seed, threshold, BM: tl.constexpr, BF: tl.cons
     # [BM, BF/4, 2, 2] in the order word 0, 1, 2, 3 along the last two axes
     b_words = tl.join(tl.join(b_w0, b_w2), tl.join(b_w1, b_w3))
     b_words = tl.reshape(b_words, (BM, BF))
-    return (b_words.to(tl.int64) & 0xFFFFFFFF) >= threshold
+    return b_words.to(tl.uint32, bitcast=True) >= threshold.to(tl.uint32)
