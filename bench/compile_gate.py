@@ -11,6 +11,7 @@ import dataclasses
 import os
 import re
 import subprocess
+import sys
 import tempfile
 
 import torch
@@ -18,7 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench import gate_attention, gate_rows
+from bench import gate_attention, gate_rows, gate_table
+from fastlora.errors import InputError
 from fastlora.kernels import gemm as gemm_file
 from fastlora.kernels import project as project_file
 from fastlora.kernels import tables
@@ -210,8 +212,18 @@ def all_cases() -> list[Case]:
 
 
 def main() -> None:
-    """Print the table; exit 1 if a case spills or needs more shared memory than its architecture has."""
-    bad = 0
+    """Print all cases; exit 1 if one spills, needs more shared memory than its architecture has, or differs from the committed table.
+
+    ``--update`` writes the table of this Triton version instead of comparing with it.
+    """
+    arguments = sys.argv[1:]
+    if arguments not in ([], ["--update"]):
+        raise InputError(f"gate: {' '.join(arguments)!r}; allowed is --update")
+    update = bool(arguments)
+    table = None if update else gate_table.load(triton.__version__)
+    if table is None and not update:
+        print(f"no table for Triton {triton.__version__}: holding the architectures' limits alone")
+    reports, bad = {}, 0
     for case in all_cases():
         try:
             _, report = compile_case(case)
@@ -219,10 +231,15 @@ def main() -> None:
             print(f"{case.name:60s} FAILED {type(error).__name__}: {str(error)[:300]}", flush=True)
             bad += 1
             continue
-        limit = tables.SHARED_MEMORY[case.arch]
-        verdict = "ok" if report.shared <= limit and report.spills <= allowed_spills(case) else "BAD"
-        bad += verdict != "ok"
-        print(f"{case.name:60s} {verdict:4s} {report} of {limit}", flush=True)
+        reports[case.name] = report
+        limit, differs = tables.SHARED_MEMORY[case.arch], gate_table.difference(case.name, report, table)
+        fits = report.shared <= limit and report.spills <= allowed_spills(case)
+        bad += not fits or bool(differs)
+        print(f"{case.name:60s} {'ok' if fits else 'BAD':4s} {report} of {limit}", flush=True)
+        if differs:
+            print(f"  differs from the table: {differs}", flush=True)
+    if update and not bad:
+        print(f"written: {gate_table.write(triton.__version__, reports)}")
     raise SystemExit(1 if bad else 0)
 
 

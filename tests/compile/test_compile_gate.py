@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
 
-from bench import gate_attention, gate_rows
+from bench import gate_attention, gate_rows, gate_table
 from bench.compile_gate import Case, all_cases, allowed_spills, compile_case
 from fastlora.kernels import tables
 from fastlora.kernels.launch import TMA_MIN_INNER
@@ -28,7 +29,7 @@ CHOSEN += [
 CHOSEN += [
     Case(operation, arch, outer=head, inner=0)
     for operation in gate_attention.OPERATIONS
-    for arch, head in (("sm_90", 64), ("sm_90", 128), ("sm_89", 64), ("sm_120", 64))
+    for arch, head in (("sm_90", 64), ("sm_90", 128), ("sm_89", 64))
 ]
 # The row-wise kernels, at the widths of an 8B model.
 ROWS = [
@@ -38,6 +39,9 @@ ROWS = [
         ("head_norm_backward", 128, 40), ("glu_forward_silu", 14336, 0), ("glu_backward_silu", 14336, 0),
     )
 ]  # fmt: skip
+CHOSEN += [
+    Case("gemm", "sm_90", outer=6144, count=3), Case("da", "sm_90", outer=6144, count=3), Case("db_ds", "sm_89", outer=6144, count=3),
+]  # fmt: skip
 CHOSEN += [*ROWS, Case("norm_backward", "sm_89", torch.float32, outer=16384, inner=0)]
 
 
@@ -46,6 +50,8 @@ def test_kernel_fits_and_does_not_spill(case):
     _, report = compile_case(case)
     assert report.spills <= allowed_spills(case), f"{report.spills} bytes of registers spilled"
     assert report.shared <= tables.SHARED_MEMORY[case.arch], f"{report.shared} bytes of shared memory"
+    differs = gate_table.difference(case.name, report, gate_table.load(triton.__version__))
+    assert not differs, f"{differs} (python -m bench gate --update accepts it)"
     if case.arch == "sm_90" and case.operation == "gemm" and case.dtype != torch.float32:
         assert report.wgmma > 0, "no warp-group matrix instruction"
         if case.inner % 8 == 0 and case.inner >= TMA_MIN_INNER:
