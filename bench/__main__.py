@@ -91,13 +91,12 @@ def cpu(output: Output = None, commit: Commit = None) -> None:
     measure(output, commit)
 
 
-@app.command("gate", context_settings=_PYTEST)
-def gate(context: typer.Context) -> None:
-    """Compile every kernel for every architecture, without a GPU."""
+@app.command("gate")
+def gate(update: Annotated[bool, typer.Option("--update", help="Write this Triton's table instead of holding builds against it.")] = False) -> None:
+    """Compile every kernel for every architecture, without a GPU, and hold the builds against limits and the committed table."""
     from bench.compile_gate import main as compile_all
 
-    sys.argv[1:] = context.args
-    compile_all()
+    compile_all(update)
 
 
 @app.command("publish")

@@ -1,6 +1,6 @@
 """Compile every kernel for every architecture without a GPU; report registers, spills, shared memory and instructions.
 
-``python -m bench.compile_gate`` prints the table of all cases; tests/compile holds a chosen few against the limits. Compiling
+``python -m bench gate`` prints the table of all cases; tests/compile holds a chosen few against the limits. Compiling
 only reports shared memory, so it is compared with the architecture's own limit here: a kernel that passes the compiler may
 still be one that cannot launch.
 """
@@ -11,7 +11,6 @@ import dataclasses
 import os
 import re
 import subprocess
-import sys
 import tempfile
 
 import torch
@@ -20,7 +19,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench import gate_attention, gate_rows, gate_table
-from fastlora.errors import InputError
 from fastlora.kernels import gemm as gemm_file
 from fastlora.kernels import project as project_file
 from fastlora.kernels import tables
@@ -211,15 +209,11 @@ def all_cases() -> list[Case]:
     return cases + gate_rows.all_cases(Case)
 
 
-def main() -> None:
+def main(update: bool = False) -> None:
     """Print all cases; exit 1 if one spills, needs more shared memory than its architecture has, or differs from the committed table.
 
-    ``--update`` writes the table of this Triton version instead of comparing with it.
+    ``update`` writes the table of this Triton version instead of comparing with it.
     """
-    arguments = sys.argv[1:]
-    if arguments not in ([], ["--update"]):
-        raise InputError(f"gate: {' '.join(arguments)!r}; allowed is --update")
-    update = bool(arguments)
     table = None if update else gate_table.load(triton.__version__)
     if table is None and not update:
         print(f"no table for Triton {triton.__version__}: holding the architectures' limits alone")
@@ -241,7 +235,3 @@ def main() -> None:
     if update and not bad:
         print(f"written: {gate_table.write(triton.__version__, reports)}")
     raise SystemExit(1 if bad else 0)
-
-
-if __name__ == "__main__":
-    main()
