@@ -85,6 +85,8 @@ class _FusedLayer:
             return None
         if keywords.get("past_key_values") is not None or keywords.get("cache") is not None:
             return None
+        if any(where.get(name) is not module for where, name, module in self._fastlora_at):
+            return None  # ejected, or replaced since
         weight = plan.qkv.modules[0].weight
         usable = backend.pick(hidden) == "triton" and hidden.dtype == weight.dtype and hidden.device == weight.device
         if not usable or torch.is_autocast_enabled(hidden.device.type) or any(m.merged for g in plan.groups for m in g.adapted):
@@ -135,12 +137,12 @@ def fuse(model: nn.Module, *, checkpoint_every: int = 0) -> Fused:
         if plan is not None:
             kind = _kind(layer, plan)
             if kind not in probed:
-                probed[kind] = _probe(layer, plan)
+                probed[kind] = _probe(layer, plan, layout)
             reason = probed[kind]
         if reason:
             done.refused.append((path, reason))
             continue
-        _swap(layer, plan, done, checkpoint_every > 0 and index % checkpoint_every == 0)
+        _swap(layer, plan, layout, done, checkpoint_every > 0 and index % checkpoint_every == 0)
         done.layers.append(path)
     return done
 
@@ -149,9 +151,10 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(n, m) for n, m in model.named_modules() if hasattr(m, "self_attn") and hasattr(m, "mlp")]
 
 
-def _swap(layer: nn.Module, plan, done: Fused, checkpoint: bool) -> None:
+def _swap(layer: nn.Module, plan, layout: Layout, done: Fused, checkpoint: bool) -> None:
     cls = type(layer)
     layer._fastlora_plan, layer._fastlora_checkpoint = plan, checkpoint
+    layer._fastlora_at = [(owner._modules, name, getattr(owner, name)) for owner, name in _places(layer, layout)]
     layer.__class__ = _fused_class(cls)
     for group in plan.groups:
         group.attach()
@@ -160,15 +163,23 @@ def _swap(layer: nn.Module, plan, done: Fused, checkpoint: bool) -> None:
         layer.__class__ = cls
         for group in plan.groups:
             group.undo()
-        del layer._fastlora_plan, layer._fastlora_checkpoint
+        del layer._fastlora_plan, layer._fastlora_checkpoint, layer._fastlora_at
 
     done._undo.append(undo)
 
 
+def _names(layer: nn.Module, layout: Layout) -> list[tuple[nn.Module, tuple[str, ...]]]:
+    """(owner, names) of each group of products."""
+    own, mlp = layer.self_attn, layer.mlp
+    return [(own, layout.qkv), (own, ("o_proj",)), (mlp, layout.gate_up), (mlp, ("down_proj",))]
+
+
+def _places(layer: nn.Module, layout: Layout) -> list[tuple[nn.Module, str]]:
+    return [(owner, name) for owner, names in _names(layer, layout) for name in names]
+
+
 def _products(layer: nn.Module, layout: Layout) -> list[list[nn.Module]]:
-    places = (layer.self_attn, layer.self_attn, layer.mlp, layer.mlp)
-    names = (layout.qkv, ("o_proj",), layout.gate_up, ("down_proj",))
-    return [[getattr(where, n) for n in group] for where, group in zip(places, names)]
+    return [[getattr(owner, name) for name in names] for owner, names in _names(layer, layout)]
 
 
 def _why_not(layer: nn.Module, layout: Layout) -> str:
@@ -230,7 +241,7 @@ def _kind(layer: nn.Module, plan) -> tuple:
     return type(layer), adapters, plan.rope, plan.window, plan.softcap, plan.head_norms is None, plan.heads, plan.head_dim
 
 
-def _probe(layer: nn.Module, plan) -> str:
+def _probe(layer: nn.Module, plan, layout: Layout) -> str:
     """Why the fused layer must not be used; empty if it agrees with the layer's own forward and backward on random input."""
     like = plan.qkv.modules[0].weight
     draw = torch.Generator().manual_seed(0)
@@ -258,7 +269,7 @@ def _probe(layer: nn.Module, plan) -> str:
     try:
         exact, eager = run(wide, torch.float32), run(own, like.dtype)
         done, training = Fused(), layer.training
-        _swap(layer, plan, done, False)
+        _swap(layer, plan, layout, done, False)
         try:
             layer.eval()
             fused = run(layer, like.dtype)

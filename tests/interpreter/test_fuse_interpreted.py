@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from fastlora import LoraConfig, exact, inject
+from fastlora import LoraConfig, eject, exact, inject
 from fastlora.fuse import fuse
 from fastlora.invariant import make_invariant
 from fastlora.ops import backend
@@ -93,6 +93,16 @@ def test_fuse_puts_moved_weights_together_again():
         if hasattr(module, "lora_A"):
             module.weight.data = module.weight.data.clone()
     assert all(torch.equal(a, b) for a, b in zip(first, run(model, (0, 1), "triton")))
+
+
+def test_ejected_adapters_are_gone_from_fused_layers_too():
+    model = build("llama")
+    with backend.use("triton"):
+        fuse(model)
+    with_adapter = run(model, (2,), "triton")[0]
+    eject(model)
+    plain = run(model, (2,), "reference")[0]
+    assert not torch.equal(with_adapter, plain) and torch.equal(plain, run(model, (2,), "triton")[0])
 
 
 def test_fuse_refuses_a_layer_whose_own_forward_does_something_else(monkeypatch):
