@@ -10,7 +10,14 @@ import torch
 from lora_standin import StandInModel
 
 import fastlora.digest as module
-from fastlora.digest import adapter_tensors, digest, fingerprint, frozen_fingerprint, frozen_tensors
+from fastlora.digest import (
+    adapter_tensors,
+    digest,
+    fingerprint,
+    fingerprint_and_codes,
+    frozen_fingerprint,
+    frozen_tensors,
+)
 from fastlora.errors import InputError
 
 
@@ -170,3 +177,20 @@ def test_frozen_fingerprint_leaves_out_the_adapter_only() -> None:
     model.v_proj.weight.data[9, 11] += 1e-3
     assert frozen_fingerprint(model) != want
     assert all("lora" in n for n in adapter_tensors(model))
+
+
+def test_fingerprint_and_codes_name_the_tensor_that_changed(monkeypatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", 64)
+    module._weights.cache_clear()
+    draw = torch.Generator().manual_seed(0)
+    tensors = {n: torch.randn(size, generator=draw) for n, size in (("b", 150), ("a", 3), ("c", 64), ("d", 0), ("e", 9))}
+    whole, codes = fingerprint_and_codes(tensors)
+    assert whole == fingerprint(tensors) and len(codes) == 4 * len(tensors)
+    for name, tensor in tensors.items():
+        for place in {0, len(tensor) - 1} if len(tensor) else ():
+            other = tensor.clone()
+            other[place] += 1
+            changed, theirs = fingerprint_and_codes(tensors | {name: other})
+            odd = [n for i, n in enumerate(sorted(tensors)) if codes[4 * i :][:4] != theirs[4 * i :][:4]]
+            assert changed != whole and odd == [name]
+    module._weights.cache_clear()
