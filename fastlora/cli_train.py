@@ -53,6 +53,11 @@ def train(
                                                    "[1.0]")] = None,
     gradient_scale: Annotated[float | None, _option(
         "--gradient-scale", help="Power of two that lifts small gradients above the fixed point. [1]")] = None,
+    label_smoothing: Annotated[float | None, _option(
+        "--label-smoothing", help="Share of the loss spread over the vocabulary; training only. [0]")] = None,
+    z_loss: Annotated[float | None, _option(
+        "--z-loss", help="Coefficient of the squared log normaliser, PaLM's 1e-4 for instance; training only. "
+        "[0]")] = None,
     seed: Annotated[int | None, _option("--seed", help="Of A, of the order, of dropout. [0]")] = None,
     shuffle: Annotated[bool | None, _option("--shuffle/--no-shuffle", help="A seeded permutation each epoch, "
                                             "or the file's order. [shuffle]")] = None,

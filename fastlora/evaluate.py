@@ -63,7 +63,8 @@ def evaluate(
     objective: Objective, rows: Sequence[Row], cuts: Sequence[Sequence[int]], alignment: int,
     device: torch.device,
 ) -> Evaluation:
-    """The loss of every row, without dropout and without touching gradients or sums.
+    """The plain cross-entropy of every row (no label smoothing, no z-loss), without dropout and without touching
+    gradients or sums.
 
     Args:
         rows: the held-out rows. cuts: micro-batches as indices into them (:func:`packing.plan`); the result
@@ -72,7 +73,7 @@ def evaluate(
     Raises:
         TrainingError: a loss that is not finite; the row's line is named.
     """
-    model = objective.model
+    model, objective = objective.model, objective.plain()
     was_training = model.training
     ids = packing.sample_ids(rows)
     losses = [0.0] * len(rows)

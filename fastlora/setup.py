@@ -11,7 +11,7 @@ import dataclasses
 import pathlib
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +22,7 @@ from fastlora.families import Head, head_of
 from fastlora.ops.linear_cross_entropy import LossRecord, linear_cross_entropy
 from fastlora.ops.reference import ALIGN_BYTES
 from fastlora.packing import MicroBatch
+from fastlora.train_config import TrainConfig
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -157,6 +158,21 @@ def _aligned(model: nn.Module) -> nn.Module:
     return model
 
 
+def load(config: TrainConfig, say: Callable[[str], object] = lambda line: None) -> tuple[nn.Module, object]:
+    """The (model, tokenizer) that a run's settings name, on its device; ``say`` gets a line about the device, if any.
+
+    Raises:
+        InputError: see :func:`load_model` and :func:`choose_device`.
+    """
+    device, note = choose_device(config.device)
+    if note:
+        say(note)
+    files = {"gguf_file": config.gguf_file, "trust_remote_code": config.trust_remote_code}
+    dtype = choose_dtype(config.dtype, device)
+    tokenizer = load_tokenizer(config.model, **files)
+    return load_model(config.model, dtype=dtype, device=device, **files), tokenizer
+
+
 @contextlib.contextmanager
 def _reading(what: str, place: str) -> Iterator[None]:
     """Turn what transformers raises on a bad folder into one line that names the folder."""
@@ -204,7 +220,7 @@ class BatchLoss:
     """The loss of one micro-batch.
 
     Attributes:
-        total: scalar with a gradient: the *sum* of the supervised tokens' losses.
+        total: scalar with a gradient: the *sum* of the supervised tokens' losses, z-loss included.
         documents: that sum for each document of the stream, detached, float64 [documents].
         supervised: tokens counted.
     """
@@ -219,11 +235,19 @@ class Objective:
 
     Families with a known head never hold their logits; any other model is asked for its logits. Use it
     inside ``with fastlora.stream.use(micro_batch.stream)``.
+
+    Args:
+        model: a causal language model.
+        label_smoothing, z_loss: see :func:`fastlora.ops.linear_cross_entropy.linear_cross_entropy`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
+        self.model, self.label_smoothing, self.z_loss = model, label_smoothing, z_loss
         self.head: Head | None = head_of(model)
+
+    def plain(self) -> Objective:
+        """The same model's cross-entropy alone, as held-out data is judged by."""
+        return Objective(self.model)
 
     def __call__(self, batch: MicroBatch) -> BatchLoss:
         """The loss of ``batch``, whose tensors lie on the model's device."""
@@ -231,12 +255,13 @@ class Objective:
             logits = self.model(
                 input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
             ).logits
-            return _loss_of_logits(logits[0], batch)
+            return _loss_of_logits(logits[0], batch, self.label_smoothing, self.z_loss)
         hidden = self.head.decoder(batch.input_ids, batch.position_ids, use_cache=False)
         record = LossRecord()
         total, supervised = linear_cross_entropy(
             hidden[0], self.head.weight, batch.labels, softcap=self.head.softcap,
-            logit_scale=self.head.logit_scale, record=record,
+            logit_scale=self.head.logit_scale, label_smoothing=self.label_smoothing, z_loss=self.z_loss,
+            record=record,
         )
         return BatchLoss(total, record.documents, supervised)
 
@@ -248,13 +273,16 @@ class Objective:
                             "table of families; the loss is torch's own over its logits")]
 
 
-def _loss_of_logits(logits: torch.Tensor, batch: MicroBatch) -> BatchLoss:
+def _loss_of_logits(logits: torch.Tensor, batch: MicroBatch, label_smoothing: float, z_loss: float) -> BatchLoss:
     """:class:`BatchLoss` from logits [T, V], document by document."""
     losses = []
     for start, stop in batch.stream.spans:
         labels = batch.labels[start:stop]
         kept = labels != -100
         rows = logits[start:stop][kept].float()
-        losses.append(nn.functional.cross_entropy(rows, labels[kept], reduction="sum").double())
+        loss = nn.functional.cross_entropy(rows, labels[kept], reduction="sum", label_smoothing=label_smoothing)
+        if z_loss:
+            loss = loss + z_loss * rows.logsumexp(1).square().sum()
+        losses.append(loss.double())
     documents = torch.stack(losses)
     return BatchLoss(documents.sum(), documents.detach(), batch.supervised)

@@ -129,7 +129,7 @@ class Trainer:
         if invariant.fused:
             say(f"layers: {invariant.fused.line()}")
         model.train()
-        self.objective = Objective(model)
+        self.objective = Objective(model, config.label_smoothing, config.z_loss)
         first = self.batch_of(1)
         ids = packing.sample_ids(first)
         guards.check_batch(packing.collate(first, ids, self.alignment))

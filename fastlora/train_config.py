@@ -38,6 +38,9 @@ class TrainConfig:
         max_grad_norm: clip norm of the exact gradient of the mean loss; 0 or None turns it off.
         gradient_scale: a static power of two applied to the loss and taken out again by the optimiser;
             raises small partial sums above the fixed point's low end.
+        label_smoothing: e: the loss of a token is (1 - e) of its -log p and e of the mean of -log p over the
+            vocabulary. ``z_loss``: k: every supervised token adds k (log sum exp of its logits)^2. Training only:
+            the held-out loss stays the plain cross-entropy.
         shuffle: a permutation by (seed, epoch); False keeps the file's order.
         on_bad_row: "refuse" or "skip". ``on_long_row``: "refuse", "skip" or "truncate".
         device, dtype: "auto" picks CUDA if there, and bf16 on CUDA (fp16 without it), fp32 on CPU.
@@ -70,6 +73,8 @@ class TrainConfig:
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
     gradient_scale: float = 1.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
     seed: int = 0
     shuffle: bool = True
     on_bad_row: str = "refuse"
@@ -112,6 +117,8 @@ class TrainConfig:
         self._number("learning_rate", "above 0", lambda v: v > 0)
         self._number("warmup_ratio", "from 0 to below 1", lambda v: 0 <= v < 1)
         self._number("weight_decay", "0 or more", lambda v: v >= 0)
+        self._number("label_smoothing", "from 0 to below 1", lambda v: 0 <= v < 1)
+        self._number("z_loss", "0 or more", lambda v: v >= 0)
         if self.max_grad_norm is not None:
             self._number("max_grad_norm", "0 (off) or more", lambda v: v >= 0)
         self._number(
@@ -191,7 +198,7 @@ class TrainConfig:
 # number of steps and dtype are compared as they came out, not as they were asked for.
 DECIDES_BYTES = (
     "batch_size", "learning_rate", "lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm",
-    "gradient_scale", "seed", "shuffle",
+    "gradient_scale", "label_smoothing", "z_loss", "seed", "shuffle",
 )
 
 

@@ -1,7 +1,10 @@
 """Cross-entropy of rows of logits, and their gradient in place: one program a row, so no row's bits depend on another's.
 
-    z = f(logit)      f(x) = logit_scale * c tanh(x / c), without c: logit_scale * x
-    loss = log sum exp z - z[label]      d loss / d logit = f'(logit) (softmax(z) - onehot(label))
+    z = f(logit)      f(x) = logit_scale * c tanh(x / c), without c: logit_scale * x      l = log sum exp z
+    loss = l - (1 - e) z[label] - e mean(z) + k l^2
+    d loss / d logit = f'(logit) ((1 + 2 k l) softmax(z) - (1 - e) onehot(label) - e / V)
+
+e is the label smoothing and k the coefficient of the z-loss; where one is 0 its arithmetic is not compiled.
 
 Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), for the running maximum and sum.
 """
@@ -21,14 +24,18 @@ def head_map(b_x, scale, softcap, SOFTCAP: tl.constexpr):
     """(f(x), f'(x)) in fp32."""
     if SOFTCAP:
         b_t = 2.0 * tl.sigmoid(2.0 * b_x / softcap) - 1.0
-        return scale * softcap * b_t, scale * (1.0 - b_t * b_t)
-    return scale * b_x, scale
+        b_z = scale * softcap * b_t
+        b_slope = scale * (1.0 - b_t * b_t)
+    else:
+        b_z = scale * b_x
+        b_slope = scale
+    return b_z, b_slope
 
 
 @triton.jit
 def cross_entropy_kernel(
-    p_logits, p_labels, p_loss, scale, softcap, V: tl.constexpr, SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr,
-    BV: tl.constexpr,
+    p_logits, p_labels, p_loss, scale, softcap, smoothing, z_loss, V: tl.constexpr, SOFTCAP: tl.constexpr,
+    SMOOTH: tl.constexpr, ZLOSS: tl.constexpr, GRADIENT: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """p_logits [M, V], overwritten with the gradient if GRADIENT; p_labels int64 [M]; p_loss fp32 [M]."""
     i_m = tl.program_id(0).to(tl.int64)
@@ -36,10 +43,14 @@ def cross_entropy_kernel(
     label = tl.load(p_labels + i_m)
     b_max = tl.full((BV,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BV,), tl.float32)
+    if SMOOTH:
+        b_all = tl.zeros((BV,), tl.float32)
     for i_v in range(0, V, BV):
         o_v = i_v + tl.arange(0, BV)
         b_x = tl.load(p_row + o_v, mask=o_v < V, other=0.0).to(tl.float32)
         b_z, _ = head_map(b_x, scale, softcap, SOFTCAP)
+        if SMOOTH:
+            b_all += tl.where(o_v < V, b_z, 0.0)
         b_z = tl.where(o_v < V, b_z, float("-inf"))
         b_new = tl.maximum(b_max, b_z)
         # a lane that has seen nothing yet holds minus infinity: subtract 0 there
@@ -49,20 +60,33 @@ def cross_entropy_kernel(
     top = tl.max(b_max, 0)
     total = tl.sum(b_sum * tl.exp(b_max - top), 0)
     target, _ = head_map(tl.load(p_row + label).to(tl.float32), scale, softcap, SOFTCAP)
-    tl.store(p_loss + i_m, tl.log(total) + top - target)
+    normalizer = tl.log(total) + top
+    loss = normalizer - target
+    if SMOOTH:
+        loss += smoothing * (target - tl.sum(b_all, 0) / V)
+    if ZLOSS:
+        loss += z_loss * normalizer * normalizer
+    tl.store(p_loss + i_m, loss)
     if GRADIENT:
         for i_v in range(0, V, BV):
             o_v = i_v + tl.arange(0, BV)
             b_x = tl.load(p_row + o_v, mask=o_v < V, other=0.0).to(tl.float32)
             b_z, b_slope = head_map(b_x, scale, softcap, SOFTCAP)
-            b_grad = (tl.exp(b_z - top) / total - (o_v == label).to(tl.float32)) * b_slope
+            b_p = tl.exp(b_z - top) / total
+            b_hit = (o_v == label).to(tl.float32)
+            if ZLOSS:
+                b_p *= 1.0 + 2.0 * z_loss * normalizer
+            if SMOOTH:
+                b_p -= smoothing / V
+                b_hit *= 1.0 - smoothing
+            b_grad = (b_p - b_hit) * b_slope
             tl.store(p_row + o_v, b_grad.to(p_logits.dtype.element_ty), mask=o_v < V)
 
 
-def cross_entropy_(logits, labels, *, softcap=None, logit_scale=1.0, gradient):
+def cross_entropy_(logits, labels, *, softcap=None, logit_scale=1.0, label_smoothing=0.0, z_loss=0.0, gradient):
     """Row losses fp32 [M]; ``logits`` [M, V], contiguous, hold the gradient afterwards if ``gradient``.
 
-    ``labels``: int64 [M], each within the vocabulary.
+    ``labels``: int64 [M], each within the vocabulary. ``label_smoothing`` is e above, ``z_loss`` k.
     """
     rows, vocabulary = logits.shape
     loss = torch.empty(rows, device=logits.device, dtype=torch.float32)
@@ -70,6 +94,7 @@ def cross_entropy_(logits, labels, *, softcap=None, logit_scale=1.0, gradient):
         tile = Tile(1, 4096 if logits.is_cuda else 256, warps=8, stages=2)
         launch.run(
             cross_entropy_kernel, (rows,), tile, logits, labels, loss, float(logit_scale), float(softcap or 1.0),
-            V=vocabulary, SOFTCAP=softcap is not None, GRADIENT=gradient, BV=tile.bn,
+            float(label_smoothing), float(z_loss), V=vocabulary, SOFTCAP=softcap is not None,
+            SMOOTH=label_smoothing > 0, ZLOSS=z_loss > 0, GRADIENT=gradient, BV=tile.bn,
         )
     return loss

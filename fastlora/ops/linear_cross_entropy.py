@@ -2,8 +2,15 @@
 gradient.
 
     z = f(h W^T)       f(z) = logit_scale * c tanh(z / c), without c: logit_scale * z
-    loss = sum over supervised rows of (log sum exp z - z[label])
-    dh = (f'(..) (softmax(z) - onehot(label))) W
+    l = log sum exp z
+    loss = sum over supervised rows of (l - (1 - e) z[label] - e mean(z) + k l^2)
+    dh = (f'(..) ((1 + 2 k l) softmax(z) - (1 - e) onehot(label) - e / V)) W
+
+e is label smoothing as torch and transformers mean it, (1 - e) of the label's -log p and e of the
+mean of -log p over the vocabulary (Szegedy et al., "Rethinking the Inception Architecture", 2016,
+section 7); k is the coefficient of the z-loss, which holds the normaliser near 1 (Chowdhery et al.,
+"PaLM", 2022, section 5, with 1e-4; Zoph et al., "ST-MoE", 2022). Both are 0 by default and then
+cost nothing.
 
 Only supervised rows are computed. They are gathered a document at a time and cut into fixed tiles,
 so a row's bits depend on its document alone. A tile's logits live only while it is computed; the
@@ -15,7 +22,9 @@ divides, once, by the global batch's supervised tokens.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -29,6 +38,15 @@ LOSS_UNIT = 2.0**-40
 TILE_ROWS = {"cpu": 64, "cuda": 2048}
 # Rows of a 16-bit head that are held in fp32 at a time.
 VOCAB_ROWS = 8192
+
+
+class Terms(NamedTuple):
+    """What is added up for a row; the letters c, e and k of this file's head."""
+
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
 
 
 @dataclass
@@ -77,10 +95,11 @@ def _vocabulary(size: int) -> tuple[slice, ...]:
     return tuple(slice(low, min(low + VOCAB_ROWS, size)) for low in range(0, size, VOCAB_ROWS))
 
 
-def _tile(h, weight, labels, softcap, logit_scale, want_grad):
+def _tile(h, weight, labels, terms, want_grad):
     """(row losses fp32 [n], gradient [n, H] or None) of one tile."""
     if backend.pick(h) == "triton":
-        return _tile_triton(h, weight, labels, softcap, logit_scale, want_grad)
+        return _tile_triton(h, weight, labels, terms, want_grad)
+    softcap, logit_scale, smoothing, z_loss = terms
     h32 = h.float()
     z = h32.new_empty(h.shape[0], weight.shape[0])
     for part in _vocabulary(weight.shape[0]):
@@ -93,13 +112,24 @@ def _tile(h, weight, labels, softcap, logit_scale, want_grad):
         z.mul_(logit_scale)
     index = labels.unsqueeze(1)
     target = z.gather(1, index)
+    mean = z.mean(1, keepdim=True) if smoothing else None
     top = z.amax(1, keepdim=True)
     total = z.sub_(top).exp_().sum(1, keepdim=True)
-    losses = (total.log().add_(top).sub_(target)).squeeze(1)
+    normalizer = total.log().add_(top)
+    losses = normalizer - target
+    if smoothing:
+        losses.add_((target - mean).mul_(smoothing))
+    if z_loss:
+        losses.add_(normalizer.square().mul_(z_loss))
+    losses = losses.squeeze(1)
     if not want_grad:
         return losses, None
     z.div_(total)
-    z.scatter_add_(1, index, torch.full_like(target, -1.0))
+    if z_loss:
+        z.mul_(normalizer.mul_(2.0 * z_loss).add_(1.0))
+    if smoothing:
+        z.sub_(smoothing / z.shape[1])
+    z.scatter_add_(1, index, torch.full_like(target, smoothing - 1.0))
     if capped is not None:
         z.mul_(capped.square_().neg_().add_(1.0))
     grad = torch.zeros_like(h32)
@@ -110,19 +140,20 @@ def _tile(h, weight, labels, softcap, logit_scale, want_grad):
     return losses, grad
 
 
-def _tile_triton(h, weight, labels, softcap, logit_scale, want_grad):
-    """The same by Triton kernels, whose rows do not depend on their number: logits in h's dtype, the gradient in their place."""
+def _tile_triton(h, weight, labels, terms, want_grad):
+    """The same by Triton kernels, whose rows do not depend on their number: logits in h's dtype,
+    the gradient in their place."""
     from fastlora.kernels.cross_entropy import cross_entropy_
     from fastlora.kernels.gemm import gemm
 
     logits = gemm(h, weight, transposed=True)
-    losses = cross_entropy_(logits, labels, softcap=softcap, logit_scale=logit_scale, gradient=want_grad)
+    losses = cross_entropy_(logits, labels, gradient=want_grad, **terms._asdict())
     return losses, gemm(logits, weight, transposed=False) if want_grad else None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, rows, labels, tiles, softcap, logit_scale, losses):
+    def forward(ctx, hidden, weight, rows, labels, tiles, terms, losses):
         want_grad = ctx.needs_input_grad[0]
         h = hidden.index_select(0, rows)
         grad = torch.empty_like(h) if want_grad else None
@@ -131,9 +162,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(*item)
             # A copy: the rows of a document begin anywhere in h, and alignment must not depend on
             # it.
-            row_losses, g = _tile(
-                h[part].clone(), weight, labels[part], softcap, logit_scale, want_grad
-            )
+            row_losses, g = _tile(h[part].clone(), weight, labels[part], terms, want_grad)
             losses[part] = row_losses
             if want_grad:
                 grad[part] = g
@@ -154,10 +183,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows, grad = ctx.saved_tensors
         dhidden = grad.new_zeros(ctx.shape)
         scaled = grad.float().mul_(upstream.float()).to(grad.dtype)
-        return dhidden.index_copy_(0, rows, scaled), *(None,) * 7
+        return dhidden.index_copy_(0, rows, scaled), *(None,) * 6
 
 
-def _check(hidden, weight, labels, softcap) -> None:
+def _check(hidden, weight, labels, terms) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise InputError(
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}: allowed: [M, H], [V, H]"
@@ -166,8 +195,13 @@ def _check(hidden, weight, labels, softcap) -> None:
         raise InputError(f"labels {tuple(labels.shape)}: one for each of {hidden.shape[0]} rows")
     if weight.requires_grad:
         raise InputError("weight: requires_grad is True; the head must be frozen")
+    softcap, _, smoothing, z_loss = terms
     if softcap is not None and not softcap > 0:
         raise InputError(f"softcap is {softcap}; it must be above 0, or None")
+    if not 0 <= smoothing < 1:
+        raise InputError(f"label_smoothing is {smoothing}; allowed is from 0 to below 1")
+    if not 0 <= z_loss < math.inf:
+        raise InputError(f"z_loss is {z_loss}; allowed is a finite number of 0 or more")
 
 
 def linear_cross_entropy(
@@ -177,9 +211,12 @@ def linear_cross_entropy(
     *,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     record: LossRecord | None = None,
 ) -> tuple[torch.Tensor, int]:
-    """The summed cross-entropy of ``hidden @ weight.T`` over supervised rows.
+    """The summed cross-entropy of ``hidden @ weight.T`` over supervised rows, with label smoothing
+    and z-loss if asked for.
 
     Args:
         hidden: [M, H], any float dtype; the gradient goes here.
@@ -187,6 +224,10 @@ def linear_cross_entropy(
         labels: integers [M], already shifted (row t holds the token after t); -100 is ignored.
         softcap: c of c tanh(z / c), applied before ``logit_scale``; None: none.
         logit_scale: multiplies the logits.
+        label_smoothing: e: a row's loss is (1 - e) of the label's -log p and e of the mean of -log p
+            over the vocabulary; from 0 to below 1.
+        z_loss: k: every supervised row adds k (log sum exp of its logits)^2; 0 or more. Smoothing and
+            z-loss see the logits after soft-cap and scale, as the softmax does.
         record: filled with the exact sum and each document's share.
 
     Returns:
@@ -195,9 +236,10 @@ def linear_cross_entropy(
 
     Raises:
         InputError: shapes that do not agree, a label outside the vocabulary, a head that is not
-            frozen, or a soft-cap that is not positive.
+            frozen, a soft-cap that is not positive, or a smoothing or z-loss out of range.
     """
-    _check(hidden, weight, labels, softcap)
+    terms = Terms(softcap, logit_scale, label_smoothing, z_loss)
+    _check(hidden, weight, labels, terms)
     rows = torch.nonzero(labels != IGNORED).flatten()
     chosen = labels.index_select(0, rows).long()
     if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < weight.shape[0]:
@@ -212,7 +254,7 @@ def linear_cross_entropy(
     losses = torch.empty(rows.shape[0], dtype=torch.float32, device=hidden.device)
     tiles = _cut(counts, hidden.device.type)
     carrier = _LinearCrossEntropy.apply(
-        hidden, weight.detach(), rows, chosen, tiles, softcap, logit_scale, losses
+        hidden, weight.detach(), rows, chosen, tiles, terms, losses
     )
     finite = losses.isfinite()
     fixed = torch.where(finite, losses, 0.0).double().mul_(1.0 / LOSS_UNIT).round_().long()

@@ -79,6 +79,13 @@ def test_train_missing_flags_are_named(capsys):
     assert code == 2 and err.strip().splitlines()[-1] == "error: model: missing; give --model"
 
 
+@pytest.mark.parametrize("flag, value", [("--label-smoothing", 1.0), ("--z-loss", -0.5)])
+def test_train_names_a_loss_term_out_of_range(flag, value, capsys):
+    code, _, err = run(capsys, "train", "--model", "m", "--data", "d", "--output", "x", flag, value)
+    assert code == 2
+    assert f"{flag[2:].replace('-', '_')} = {value}" in err.strip().splitlines()[-1]
+
+
 def test_train_refuses_pickled_weights(model, tmp_path, capsys):
     import shutil
 

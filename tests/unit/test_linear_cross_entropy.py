@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rounding import UNIT, gamma, within
+from rounding import within
 
 from fastlora import stream
 from fastlora.errors import InputError
 from fastlora.ops import linear_cross_entropy as op
 from fastlora.ops.linear_cross_entropy import LossRecord, linear_cross_entropy
+from tests.unit.loss_reference import reference
 
 
 def problem(rows, width=32, vocabulary=50, seed=0, dtype=torch.float32):
@@ -29,36 +30,40 @@ def run(hidden, weight, labels, **keywords):
     return loss.detach(), count, hidden.grad, record
 
 
+# Label smoothing, z-loss, both, and both on logits with a soft-cap and a scale.
+TERMS = [
+    {},
+    {"softcap": 3.0},
+    {"logit_scale": 0.25},
+    {"softcap": 4.0, "logit_scale": 0.5},
+    {"label_smoothing": 0.1},
+    {"z_loss": 1e-2},
+    {"label_smoothing": 0.3, "z_loss": 1e-2, "softcap": 4.0, "logit_scale": 0.5},
+]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (3.0, 1.0), (None, 0.25), (4.0, 0.5)])
-def test_linear_cross_entropy_within_rounding_of_float64(softcap, scale, dtype, monkeypatch):
+@pytest.mark.parametrize("terms", TERMS, ids=lambda terms: " ".join(terms) or "plain")
+def test_linear_cross_entropy_within_rounding_of_float64(terms, dtype, monkeypatch):
     monkeypatch.setattr(op, "VOCAB_ROWS", 16)  # several vocabulary blocks
     op._vocabulary.cache_clear()
     hidden, weight, labels = problem(150, dtype=dtype)
-    loss, count, grad, _ = run(hidden, weight, labels, softcap=softcap, logit_scale=scale)
+    loss, count, grad, _ = run(hidden, weight, labels, **terms)
     op._vocabulary.cache_clear()
-    h, w = hidden.double().requires_grad_(), weight.double()
-    z = h @ w.t()
-    z = scale * (softcap * torch.tanh(z / softcap) if softcap else z)
-    wanted = torch.nn.functional.cross_entropy(z, labels, reduction="sum", ignore_index=-100)
-    wanted.backward()
+    wanted = reference(hidden, weight, labels, **terms)
     assert count == int((labels != -100).sum())
-    size = float((h.detach().abs() @ w.abs().t()).max()) + float(z.detach().abs().max())
-    off = gamma(hidden.shape[1] + 8) * size
-    # A logit is off by ``off``; a row's loss by twice that and by its own sums, log and rounding.
-    row = 2 * off + gamma(weight.shape[0] + 20) * (float(z.detach().abs().max()) + 5)
-    # tolerance-rule: derived above
-    assert abs(loss.item() - wanted.item()) <= count * row
-    chosen = labels != -100
-    p = torch.softmax(z.detach(), 1)[chosen]
-    target = torch.nn.functional.one_hot(labels[chosen], weight.shape[0])
-    share = 2 * off * (2 + 2 / (softcap or 1)) + gamma(2 * weight.shape[0] + 20)
-    bound = scale * (share * (p + target)) @ w.abs() + UNIT[dtype] * h.grad[chosen].abs() * 1.01
-    assert within(grad[chosen], h.grad[chosen], bound)
-    assert not grad[~chosen].any()
+    assert abs(loss.item() - wanted.loss) <= wanted.loss_bound
+    assert within(grad, wanted.gradient, wanted.gradient_bound)
+    assert not grad[labels == -100].any()
+    left_out = {name: value for name, value in terms.items() if name in ("softcap", "logit_scale")}
+    if left_out != terms:  # the bounds tell the loss from one that forgot the terms
+        plain = reference(hidden, weight, labels, **left_out)
+        assert abs(plain.loss - wanted.loss) > 10 * wanted.loss_bound
+        assert not within(plain.gradient, wanted.gradient, wanted.gradient_bound)
 
 
-def test_linear_cross_entropy_units_and_rows_do_not_depend_on_the_split():
+@pytest.mark.parametrize("terms", [TERMS[0], TERMS[-1]], ids=("plain", "all"))
+def test_linear_cross_entropy_units_and_rows_do_not_depend_on_the_split(terms):
     lengths = (150, 20, 33)
     made = [stream.Stream((n,), 16, (n,)) for n in lengths]
     parts = [problem(one.total, seed=one.total) for one in made]
@@ -69,7 +74,7 @@ def test_linear_cross_entropy_units_and_rows_do_not_depend_on_the_split():
         grads, units = [], 0
         for one, (hidden, _, labels) in zip(made, parts):
             with stream.use(one):
-                _, _, grad, record = run(hidden, weight, labels)
+                _, _, grad, record = run(hidden, weight, labels, **terms)
             grads.append(grad)
             units += record.units
         for order in ((0, 1, 2), (2, 0, 1)):
@@ -78,7 +83,7 @@ def test_linear_cross_entropy_units_and_rows_do_not_depend_on_the_split():
                 whole = stream.Stream(tuple(lengths[i] for i in order), 16, order)
                 hidden, labels = (torch.cat([parts[i][j] for i in order]) for j in (0, 2))
                 with stream.use(whole):
-                    loss, _, grad, record = run(hidden, weight, labels)
+                    loss, _, grad, record = run(hidden, weight, labels, **terms)
                 assert record.units == units
                 assert loss.item() == units * 2.0**-40
                 assert torch.equal(grad, torch.cat([grads[i] for i in order]))
@@ -140,6 +145,11 @@ def test_linear_cross_entropy_without_gradient_has_the_same_value():
         ({"weight": torch.zeros(50, 31)}, "weight"),
         ({"weight": torch.zeros(50, 32, requires_grad=True)}, "frozen"),
         ({"softcap": 0.0}, "softcap"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0"),
+        ({"label_smoothing": -0.1}, "label_smoothing"),
+        ({"label_smoothing": float("nan")}, "label_smoothing"),
+        ({"z_loss": -1e-4}, "z_loss is -0.0001"),
+        ({"z_loss": float("inf")}, "z_loss"),
     ],
 )
 def test_linear_cross_entropy_refuses_by_name(change, named):

@@ -105,7 +105,7 @@ def test_resume_passes_over_a_damaged_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("change, name", [
     ({"learning_rate": 1e-3}, "learning_rate"), ({"steps": 9}, "steps"), ({"seed": 1}, "seed"),
-    ({"lora": {"lora_dropout": 0.5}}, "lora"),
+    ({"lora": {"lora_dropout": 0.5}}, "lora"), ({"label_smoothing": 0.1}, "label_smoothing"), ({"z_loss": 1e-4}, "z_loss"),
 ])
 def test_resume_refuses_another_run_by_its_first_difference(tmp_path, change, name):
     train(tmp_path, "a")

@@ -17,6 +17,7 @@ def config(**fields):
     ("micro_batch_tokens", "big"), ("max_length", 1), ("steps", 0), ("epochs", 0), ("epochs", float("nan")),
     ("learning_rate", 0), ("learning_rate", float("inf")), ("learning_rate", "1e-4"), ("warmup_ratio", 1.0),
     ("warmup_ratio", -0.1), ("weight_decay", -1), ("max_grad_norm", -1), ("gradient_scale", 3.0),
+    ("label_smoothing", 1.0), ("label_smoothing", -0.1), ("z_loss", -1e-4), ("z_loss", float("inf")),
     ("gradient_scale", 0), ("seed", -1), ("seed", 2**63), ("lr_scheduler", "reduce_lr_on_plateau"),
     ("on_bad_row", "ignore"), ("on_long_row", "cut"), ("device", "tpu"), ("dtype", "int8"),
     ("save_dtype", "auto"), ("shuffle", "yes"), ("checkpoint_every", -1), ("keep_checkpoints", 0),
