@@ -88,19 +88,30 @@ def save(
 
 
 def latest(folder: str | os.PathLike) -> Checkpoint | None:
-    """The newest whole checkpoint below ``folder``; a damaged one is passed over and named in ``notes``."""
+    """The newest whole checkpoint below ``folder``; a damaged one is passed over and named in ``notes``.
+
+    Raises:
+        InputError: there are checkpoints, and all are damaged.
+    """
+    found, notes = newest(folder)
+    if found is None and notes:
+        raise InputError(f"resume: no whole checkpoint in {os.fspath(folder)}: {'; '.join(notes)}; "
+                         "start again with --overwrite")
+    return found
+
+
+def newest(folder: str | os.PathLike, at_most: int | None = None) -> tuple[Checkpoint | None, tuple[str, ...]]:
+    """The newest whole checkpoint of at most ``at_most`` steps, or None; and what was damaged, a sentence each."""
     notes: list[str] = []
     for path in _folders(pathlib.Path(folder)):
+        step = path.name.partition("-")[2]
+        if at_most is not None and step.isdecimal() and int(step) > at_most:
+            continue
         try:
-            return dataclasses.replace(_read(path), notes=tuple(notes))
+            return dataclasses.replace(_read(path), notes=tuple(notes)), tuple(notes)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             notes.append(f"checkpoint {path.name} is damaged ({error}); the one before it is used")
-    return None if not notes else _none_left(folder, notes)
-
-
-def _none_left(folder: str | os.PathLike, notes: list[str]) -> None:
-    raise InputError(f"resume: no whole checkpoint in {os.fspath(folder)}: {'; '.join(notes)}; "
-                     "start again with --overwrite")
+    return None, tuple(notes)
 
 
 def check_identity(found: dict, wanted: dict) -> None:
@@ -109,11 +120,19 @@ def check_identity(found: dict, wanted: dict) -> None:
     Raises:
         InputError: names the first entry that differs, with both values.
     """
+    difference = first_difference(found, wanted)
+    if difference:
+        raise InputError(f"resume: the checkpoint is of another run: {difference}; "
+                         "give the same, or start again with --overwrite")
+
+
+def first_difference(found: dict, wanted: dict) -> str | None:
+    """The first entry in which two identities differ, with both values, or None."""
     for name in (*wanted, *(n for n in found if n not in wanted)):
         was, now = found.get(name), wanted.get(name)
         if was != now:
-            raise InputError(f"resume: the checkpoint is of another run: {name} was {was!r}, now it is {now!r}; "
-                             "give the same, or start again with --overwrite")
+            return f"{name} was {was!r}, now it is {now!r}"
+    return None
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -40,6 +40,9 @@ def train(
         "--gradient-accumulation-steps", help="See --micro-batch-size.")] = None,
     micro_batch_tokens: Annotated[str | None, _option(
         "--micro-batch-tokens", help=f"Most padded tokens in one forward, {HUGE}. [auto]")] = None,
+    activation_checkpointing: Annotated[int | None, _option(
+        "--activation-checkpointing", help="Every n-th layer runs again in the backward instead of keeping its "
+        f"activations, {HUGE}; 0 for none, 1 for all. [0]")] = None,
     max_length: Annotated[int | None, _option("--max-length", help="Longest row in tokens. [the model's "
                                               "number of positions]")] = None,
     steps: Annotated[int | None, _option("--steps", help="Optimiser steps, or:")] = None,
@@ -117,8 +120,8 @@ def run(given: dict, lora_given: dict, console=None):
     for name in ("model", "data", "output"):
         if not settings.get(name):
             raise InputError(f"{name}: missing; give --{name}")
-    if isinstance(settings.get("micro_batch_tokens"), str) and settings["micro_batch_tokens"] != "auto":
-        settings["micro_batch_tokens"] = _whole("micro_batch_tokens", settings["micro_batch_tokens"])
+    if "micro_batch_tokens" in settings:
+        settings["micro_batch_tokens"] = micro_batch_setting(settings["micro_batch_tokens"])
     config = TrainConfig(**settings)
     if isinstance(lora_given.get("target_modules"), str):
         lora_given["target_modules"] = _targets(lora_given["target_modules"])
@@ -135,21 +138,22 @@ def start(config, lora, console=None):
     from fastlora.train import Trainer
 
     rundir.check(config)
-    device, note = setup.choose_device(config.device)
-    if note:
-        typer.echo(note)
-    files = {"gguf_file": config.gguf_file, "trust_remote_code": config.trust_remote_code}
-    dtype = setup.choose_dtype(config.dtype, device)
-    tokenizer = setup.load_tokenizer(config.model, **files)
-    model = setup.load_model(config.model, dtype=dtype, device=device, **files)
+    model, tokenizer = setup.load(config, typer.echo)
     return Trainer(model, tokenizer, config, lora, console=console).train()
 
 
-def _whole(name: str, text: str) -> int:
+def micro_batch_setting(given: str | int | None) -> str | int | None:
+    """What ``--micro-batch-tokens`` means: an integer, "auto", or None if it was not given.
+
+    Raises:
+        InputError: neither a whole number nor "auto".
+    """
+    if not isinstance(given, str) or given == "auto":
+        return given
     try:
-        return int(text)
+        return int(given)
     except ValueError:
-        raise InputError(f'{name} = {text!r}: allowed is a positive integer or "auto"') from None
+        raise InputError(f'micro_batch_tokens = {given!r}: allowed is a positive integer or "auto"') from None
 
 
 def _targets(text: str) -> list[str] | str:

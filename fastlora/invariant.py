@@ -25,8 +25,10 @@ from fastlora.fuse import Fused, fuse
 from fastlora.ops import attention, glu, rms_norm
 from fastlora.ops.frozen_linear import frozen_linear
 from fastlora.ops.reference import ALIGN_BYTES
+from fastlora.recompute import check_every, recompute_layers
 
 _PROBE_ROWS = 16
+_ABSENT = object()
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 # Fields about layers that training a causal model never runs.
 _OTHER_DROPOUTS = ("classifier_dropout", "summary_first_dropout", "attention_dropout")
@@ -71,11 +73,13 @@ class Invariant:
     Attributes:
         not_exact: (module path, reason) of everything for which exactness is not claimed.
         fused: what :func:`fastlora.fuse.fuse` did on a GPU, else None.
+        recomputed: layers that are not fused and run again in the backward.
     """
 
     def __init__(self) -> None:
         self.not_exact: list[tuple[str, str]] = []
         self.fused: Fused | None = None
+        self.recomputed = 0
         self._undo: list[Callable[[], None]] = []
 
     def undo(self) -> None:
@@ -89,18 +93,30 @@ class Invariant:
         self._undo.append(lambda: setattr(target, name, before))
         setattr(target, name, value)
 
+    def put(self, target: object, name: str, value: object) -> None:
+        """:meth:`set` for an attribute of the object itself, which it may lack."""
+        before = vars(target).get(name, _ABSENT)
+        self._undo.append(lambda: delattr(target, name) if before is _ABSENT else setattr(target, name, before))
+        setattr(target, name, value)
 
-def make_invariant(model: nn.Module) -> Invariant:
+
+def make_invariant(model: nn.Module, *, checkpoint_every: int = 0) -> Invariant:
     """Change a transformers causal model, in place, so that its bits do not depend on the split.
 
     ``not_exact`` names what stays as it was though the split may change its bits. On CPU frozen
     parameters that do not begin at a 64-byte line are moved to one (same bytes).
 
+    Args:
+        checkpoint_every: 0: layers keep their activations; n: every n-th keeps its input alone and
+            runs again in the backward. Above 1 only where all layers are fused (on a GPU).
+
     Raises:
         InputError: layers that look across documents (convolutions, state space layers, chunked
-            attention), a dropout that cannot be turned off, or a model without transformers'
-            attention interface. The model is then unchanged.
+            attention), a dropout that cannot be turned off, a model without transformers'
+            attention interface, or a ``checkpoint_every`` its layers do not take. The model is
+            then unchanged.
     """
+    check_every(checkpoint_every)
     done = Invariant()
     try:
         _refuse_layers(model)
@@ -112,8 +128,9 @@ def make_invariant(model: nn.Module) -> Invariant:
             _align(model)
         else:
             # before its modules are swapped: the probe compares with the model's own
-            done.fused = fuse(model)
+            done.fused = fuse(model, checkpoint_every=checkpoint_every)
             done._undo.append(done.fused.undo)
+        done.recomputed = recompute_layers(model, done, checkpoint_every, done.fused.layers if done.fused else ())
         _swap_modules(model, done, devices)
     except BaseException:
         done.undo()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pathlib
@@ -10,10 +11,16 @@ import shlex
 import shutil
 import tomllib
 from importlib import metadata
+from typing import TYPE_CHECKING
 
+from fastlora.digest import digest
 from fastlora.errors import InputError
 from fastlora.files import atomic_write_text
-from fastlora.train_config import TrainConfig
+from fastlora.inject import injection
+from fastlora.train_config import DECIDES_BYTES, TrainConfig
+
+if TYPE_CHECKING:
+    from fastlora.train import Trainer
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 REPORT, LOG, PICTURE, RUN = "report.json", "log.jsonl", "loss.png", "run.toml"
@@ -47,9 +54,17 @@ def check(config: TrainConfig) -> None:
 
 
 def open_folder(config: TrainConfig) -> pathlib.Path:
-    """Make the folder; under ``overwrite`` take away the files of the run that is there, and no others."""
+    """Make the folder; under ``overwrite`` take away the files of the run that is there, and no others.
+
+    What a killed process had half written, always under a temporary name, goes too.
+    """
     folder = config.folder
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".*.tmp"):
+        if left.name.startswith(tuple(f".{name}." for name in OWN)):
+            left.unlink()
+    for left in (folder / CHECKPOINTS).glob(".step-*.tmp"):
+        shutil.rmtree(left)
     if config.overwrite:
         for name in OWN:
             path = folder / name
@@ -69,6 +84,31 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def changed_versions(was: dict[str, str]) -> str | None:
+    """What differs from the versions ``was`` of an earlier session, in words; None if nothing does."""
+    now = versions()
+    changed = [f"{n} {was.get(n)} -> {now[n]}" for n in now if was.get(n) != now[n]]
+    return changed and "the same bytes are promised for the same versions only; changed: " + ", ".join(changed) or None
+
+
+def identity(trainer: Trainer) -> dict:
+    """What a prepared run is made of, by name: all that decides its bytes."""
+    lora = injection(trainer.model).config.to_peft()
+    lora.pop("base_model_name_or_path", None)
+    keys = b"".join(row.key.to_bytes(8, "little") for row in trainer.rows)
+    parts = {name: getattr(trainer.config, name) for name in DECIDES_BYTES}
+    parts |= {"steps": trainer.total, "lora": lora, "device": trainer.device.type,
+              "dtype": str(next(trainer.model.parameters()).dtype), "model": trainer.start.frozen,
+              "data": hashlib.md5(keys, usedforsecurity=False).hexdigest(),
+              "adapter at the start": digest(trainer.start.tensors)}
+    return json.loads(json.dumps(parts))
+
+
+def made_of(whole: dict) -> dict:
+    """The part of a run's :func:`identity` that ``run.toml`` holds in no other table."""
+    return {name: whole[name] for name in ("device", "dtype", "steps", "model", "data", "adapter at the start")}
 
 
 def write_run(folder: pathlib.Path, tables: dict[str, dict]) -> None:

@@ -8,8 +8,6 @@ How the batch is cut therefore cannot change a byte of the adapter, and the loop
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import time
 from collections.abc import Sequence
 from math import fsum
@@ -22,7 +20,7 @@ from fastlora.adapter import save_adapter
 from fastlora.config import LoraConfig
 from fastlora.coverage import coverage, coverage_lines
 from fastlora.data import Row, read_rows
-from fastlora.digest import adapter_tensors, digest, fingerprint
+from fastlora.digest import adapter_tensors, digest, fingerprint_and_codes
 from fastlora.errors import InputError, TrainingError
 from fastlora.evaluate import Evaluation, evaluate
 from fastlora.exact import exact
@@ -31,12 +29,12 @@ from fastlora.interrupt import Interrupt
 from fastlora.invariant import make_invariant
 from fastlora.log import Progress, RunLog, TensorBoard, make_console, memory_in_use, require_tensorboard
 from fastlora.memory import cuts_within, first_limit, halved, is_out_of_memory
-from fastlora.optim import AdamW
+from fastlora.optim import AdamW, StepReport
 from fastlora.report import snapshot
 from fastlora.runreport import TrainResult, draw, finish
 from fastlora.selfcheck import exactness_line
 from fastlora.setup import Objective, device_line, longest_row
-from fastlora.train_config import DECIDES_BYTES, TrainConfig, learning_rates, total_steps
+from fastlora.train_config import TrainConfig, learning_rates, total_steps
 
 
 class Trainer:
@@ -81,7 +79,11 @@ class Trainer:
             TrainingError: the run had to stop; the last good adapter and checkpoint stand on disk.
         """
         with contextlib.ExitStack() as stack:
-            self._prepare(stack)
+            rundir.check(self.config)
+            if self.config.tensorboard:
+                require_tensorboard()
+            self.prepare(stack)
+            self._resume()
             self._open(stack)
             with Interrupt() as stop, Progress(self.console, self.total, self.done) as self.progress:
                 if self.evaluation_rows and self.before is None:
@@ -95,12 +97,9 @@ class Trainer:
 
     # Before the first step -----------------------------------------------------------------------------
 
-    def _prepare(self, stack: contextlib.ExitStack) -> None:
-        """Everything that can be refused. Writes nothing."""
+    def prepare(self, stack: contextlib.ExitStack) -> None:
+        """Everything that can be refused but the output folder; what is undone when ``stack`` closes. Writes nothing."""
         config, model, say = self.config, self.model, self._say
-        rundir.check(config)
-        if config.tensorboard:
-            require_tensorboard()
         limits = {"max_length": longest_row(model, config.max_length), "on_bad_row": config.on_bad_row,
                   "on_long_row": config.on_long_row}
         self.data = read_rows(config.data, self.tokenizer, **limits)
@@ -124,16 +123,18 @@ class Trainer:
             say(f"coverage: {line}")
         say(device_line(model, self.device))
 
-        invariant = make_invariant(model)
+        invariant = make_invariant(model, checkpoint_every=config.activation_checkpointing)
         stack.callback(invariant.undo)
         if invariant.fused:
             say(f"layers: {invariant.fused.line()}")
+        if config.activation_checkpointing:
+            say(f"activations: 1 of {config.activation_checkpointing} layers runs again in the backward, same bytes")
         model.train()
         self.objective = Objective(model, config.label_smoothing, config.z_loss)
         first = self.batch_of(1)
         ids = packing.sample_ids(first)
         guards.check_batch(packing.collate(first, ids, self.alignment))
-        with self._one_thread():
+        with self.one_thread():
             guards.check_reached(self.objective, first, self.alignment, self.device)
             not_exact = [*invariant.not_exact, *self.objective.not_exact()]
             self.exactness = exactness_line(self, first, ids, not_exact)
@@ -143,19 +144,10 @@ class Trainer:
             model, config.learning_rate, weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm or None, gradient_scale=config.gradient_scale,
         )
-        self._resume()
+        self.identity = rundir.identity(self)
 
     def _resume(self) -> None:
-        """What the run is made of, and under ``resume`` its last checkpoint."""
-        lora = injection(self.model).config.to_peft()
-        lora.pop("base_model_name_or_path", None)
-        keys = b"".join(row.key.to_bytes(8, "little") for row in self.rows)
-        parts = {name: getattr(self.config, name) for name in DECIDES_BYTES}
-        parts |= {"steps": self.total, "lora": lora, "device": self.device.type,
-                  "dtype": str(next(self.model.parameters()).dtype), "model": self.start.frozen,
-                  "data": hashlib.md5(keys, usedforsecurity=False).hexdigest(),
-                  "adapter at the start": digest(self.start.tensors)}
-        self.identity = json.loads(json.dumps(parts))
+        """Under ``resume`` the last checkpoint."""
         self.checkpoints = self.config.folder / rundir.CHECKPOINTS
         found = checkpoint.latest(self.checkpoints) if self.config.resume else None
         if found is None:
@@ -169,13 +161,11 @@ class Trainer:
         if found.extra["before"]:
             self.before = Evaluation(*map(tuple, found.extra["before"]))
             self.after = Evaluation(*map(tuple, found.extra["after"]))
-        was, now = found.extra["versions"], rundir.versions()
-        changed = [f"{n} {was.get(n)} -> {now[n]}" for n in now if was.get(n) != now[n]]
         for note in (*found.notes, f"resume: after step {self.done} of {self.total}"):
             self._say(note)
+        changed = rundir.changed_versions(found.extra["versions"])
         if changed:
-            self._say("resume: the same bytes are promised for the same versions only; changed: "
-                      + ", ".join(changed))
+            self._say(f"resume: {changed}")
 
     def _open(self, stack: contextlib.ExitStack) -> None:
         """The first files."""
@@ -184,7 +174,7 @@ class Trainer:
         rundir.write_run(self.folder, {
             "train": self.config.as_dict(), "lora": lora,
             "data": {"format": self.data.format, **self.data.counts},
-            "versions": rundir.versions(),
+            "versions": rundir.versions(), "made_of": rundir.made_of(self.identity),
         })
         self.log = RunLog(self.folder / rundir.LOG)
         self.records = self.log.keep(self.done)
@@ -230,35 +220,46 @@ class Trainer:
              "supervised_tokens": batch.supervised} for _, batch, _ in ran
         ]
 
-    def _advance(self) -> None:
-        """One optimiser step, its log line, and what is due after it."""
-        step, config, started = self.done + 1, self.config, time.perf_counter()
+    def compute(self) -> tuple[list[float], list[dict], StepReport]:
+        """The next optimiser step, in memory alone.
+
+        Returns:
+            What :meth:`sums` does, and what the optimiser says.
+        """
+        step = self.done + 1
         rows = self.batch_of(step)
         ids = packing.sample_ids(rows)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rates[step - 1]
-        supervised = sum(row.supervised for row in rows)
+        with self.one_thread():
+            losses, micro_batches = self.in_memory(rows, lambda cuts: self.sums(rows, ids, cuts, step))
+            update = self._update(rows, step)
+        self.done = step
+        return losses, micro_batches, update
+
+    def _advance(self) -> None:
+        """One optimiser step, its log line, and what is due after it."""
+        config, started = self.config, time.perf_counter()
         try:
-            with self._one_thread():
-                losses, micro_batches = self.in_memory(rows, lambda cuts: self.sums(rows, ids, cuts, step))
-                update = self._update(rows, supervised, step)
+            losses, micro_batches, update = self.compute()
         except TrainingError:
             # The parameters are those of the step before: what stopped this one, they are kept.
             if self.done and guards.adapter_is_finite(self.model):
                 self._save()
             raise
-        self.done = step
+        step = self.done
+        names = ("tokens", "padded_tokens", "supervised_tokens")
+        tokens, padded, supervised = (sum(m[name] for m in micro_batches) for name in names)
         loss = fsum(losses) / supervised
         self.losses.append((step, loss))
-        tokens, padded = (sum(m[k] for m in micro_batches) for k in ("tokens", "padded_tokens"))
         seconds = time.perf_counter() - started
         record = {
             "step": step, "epoch": (step - 1) // -(-len(self.rows) // config.batch_size) + 1, "loss": loss,
             "learning_rate": self.rates[step - 1], "grad_norm": update.grad_norm, "clipped": update.clipped,
             "supervised_tokens": supervised, "tokens": tokens, "padded_tokens": padded,
-            "tokens_per_second": tokens / seconds, "seconds": seconds,
-            "fingerprint": fingerprint(adapter_tensors(self.model)), "micro_batches": micro_batches,
+            "tokens_per_second": tokens / seconds, "seconds": seconds, "micro_batches": micro_batches,
         }
+        record["fingerprint"], record["codes"] = fingerprint_and_codes(adapter_tensors(self.model))
         memory = memory_in_use(self.device)
         self.progress.step(step, loss, self.rates[step - 1], tokens, padded, memory)
         every = config.eval_every or max(1, self.total // 4)
@@ -275,9 +276,9 @@ class Trainer:
         if due:
             self._save()
 
-    def _update(self, rows: Sequence[Row], supervised: int, step: int):
+    def _update(self, rows: Sequence[Row], step: int) -> StepReport:
         try:
-            return self.optimizer.step(supervised_tokens=supervised)
+            return self.optimizer.step(supervised_tokens=sum(row.supervised for row in rows))
         except TrainingError as error:
             blame = guards.blame_gradient(self.objective, rows, self.alignment, self.device,
                                           self.config.seed, step)
@@ -331,7 +332,8 @@ class Trainer:
                                 "whole") from error
         draw(self)
 
-    def _one_thread(self):
+    def one_thread(self):
+        """Around whatever must not depend on the number of CPU threads."""
         return blocks.single_thread() if self.device.type == "cpu" else contextlib.nullcontext()
 
     def _say(self, line: str) -> None:

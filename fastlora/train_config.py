@@ -50,6 +50,8 @@ class TrainConfig:
         eval_every: steps between held-out evaluations; 0 means about four times in a run.
         digest_every: steps between full MD5 digests in the log; 0 means at checkpoints only.
         save_dtype: dtype of the adapter file; float32 keeps the masters.
+        activation_checkpointing: 0: every layer keeps its activations; n: every n-th keeps its input alone and
+            runs again in the backward: less memory, more time, the same bytes. Above 1 where all layers are fused.
 
     Raises:
         InputError: a field is out of range; the message names the field, its value and what is allowed.
@@ -91,6 +93,7 @@ class TrainConfig:
     tensorboard: bool = False
     strict: bool = False
     trust_remote_code: bool = False
+    activation_checkpointing: int = 0
 
     def __post_init__(self) -> None:
         for name in ("data", "output", "model", "gguf_file", "eval_data"):
@@ -103,7 +106,7 @@ class TrainConfig:
                 self._integer(name, low)
         for name, low in (
             ("seed", 0), ("checkpoint_every", 0), ("keep_checkpoints", 1), ("eval_every", 0),
-            ("digest_every", 0),
+            ("digest_every", 0), ("activation_checkpointing", 0),
         ):
             self._integer(name, low)
         if self.seed >= 2**63:

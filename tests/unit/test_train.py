@@ -68,6 +68,9 @@ def test_resume_with_another_cut_gives_the_same_bytes(tmp_path, stop_at, cut):
     settings = {"steps": 5, "checkpoint_every": 1, "lora": {"lora_dropout": 0.1}, "eval_data": held}
     whole, *_ = train(tmp_path, "whole", **settings)
     stopped, trainer, printed = stop_after(tmp_path, "stopped", stop_at, **settings)
+    (tmp_path / "stopped" / ".report.json.1x.tmp").write_text("half")
+    (tmp_path / "stopped" / ".mine.tmp").write_text("kept")
+    (tmp_path / "stopped" / "checkpoints" / ".step-00000009.tmp").mkdir()
     assert stopped.steps == stop_at and stopped.signal == signal.SIGINT
     assert "--resume" in printed and "fastlora train --output" in printed
     resumed, *_ = train(tmp_path, "stopped", resume=True, micro_batch_tokens=cut, **settings)
@@ -75,6 +78,7 @@ def test_resume_with_another_cut_gives_the_same_bytes(tmp_path, stop_at, cut):
     names = ("step", "loss", "fingerprint", "learning_rate", "grad_norm")
     logs = [[{n: line[n] for n in names} for line in log_of(tmp_path / d)] for d in ("whole", "stopped")]
     assert logs[0] == logs[1]
+    assert [p.name for p in (tmp_path / "stopped").rglob(".*")] == [".mine.tmp"]
     assert resumed.held_out == whole.held_out
 
 

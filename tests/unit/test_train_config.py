@@ -20,7 +20,7 @@ def config(**fields):
     ("label_smoothing", 1.0), ("label_smoothing", -0.1), ("z_loss", -1e-4), ("z_loss", float("inf")),
     ("gradient_scale", 0), ("seed", -1), ("seed", 2**63), ("lr_scheduler", "reduce_lr_on_plateau"),
     ("on_bad_row", "ignore"), ("on_long_row", "cut"), ("device", "tpu"), ("dtype", "int8"),
-    ("save_dtype", "auto"), ("shuffle", "yes"), ("checkpoint_every", -1), ("keep_checkpoints", 0),
+    ("save_dtype", "auto"), ("shuffle", "yes"), ("activation_checkpointing", -1), ("checkpoint_every", -1), ("keep_checkpoints", 0),
     ("model", ""), ("eval_every", -1), ("digest_every", 0.5),
 ])
 def test_train_config_names_the_field_and_its_value(field, value):

@@ -52,8 +52,8 @@ def write_rows(path: pathlib.Path, count: int = 12, seed: int = 0) -> pathlib.Pa
 
 
 def train(folder: pathlib.Path, name: str, *, model=None, lora: dict | None = None, float_sums: bool = False,
-          data: pathlib.Path | None = None, **settings):
-    """One run on CPU into ``folder / name``; returns (TrainResult, trainer, what was printed)."""
+          data: pathlib.Path | None = None, stop_after: int | None = None, **settings):
+    """One run on CPU into ``folder / name`` (as far as ``stop_after``); returns (TrainResult, trainer, what was printed)."""
     out = io.StringIO()
     if data is None:
         data = folder / "rows.jsonl"
@@ -64,4 +64,4 @@ def train(folder: pathlib.Path, name: str, *, model=None, lora: dict | None = No
     trainer = Trainer(model if model is not None else tiny_model(), make_tokenizer(), config,
                       LoraConfig(**({"r": 4} | (lora or {}))), console=Console(file=out, width=200),
                       float_sums=float_sums)
-    return trainer.train(), trainer, out.getvalue()
+    return trainer.train(stop_after), trainer, out.getvalue()
