@@ -12,7 +12,8 @@ from fastlora import TrainConfig, exact, inject, rundir
 from fastlora.config import LoraConfig
 from fastlora.errors import InputError
 from fastlora.exact import discard
-from fastlora.invariant import make_invariant
+from fastlora.invariant import Invariant, make_invariant
+from fastlora.recompute import recompute_layers
 
 
 def md5(folder) -> str:
@@ -100,3 +101,15 @@ def test_recomputed_layers_keep_less_for_the_backward():
 
 def test_train_config_takes_activation_checkpointing():
     assert TrainConfig(data="d", output="o", activation_checkpointing=3).activation_checkpointing == 3
+
+
+def test_recompute_layers_leaves_fused_layers_to_themselves():
+    model, done = tiny_model(), Invariant()
+    paths = ["model.layers.0", "model.layers.1"]
+    assert recompute_layers(model, done, 3, paths) == 0
+    with pytest.raises(InputError, match=r"activation_checkpointing = 3: model.layers.1 does not run as a fused layer"):
+        recompute_layers(model, done, 3, paths[:1])
+    assert recompute_layers(model, done, 1, paths[:1]) == 1
+    assert [layer.gradient_checkpointing for layer in model.model.layers] == [False, True]
+    done.undo()
+    assert not any(layer.gradient_checkpointing for layer in model.model.layers)
