@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from verify import report, runner
+from verify import own_model, report, runner
 from verify.claims import CLAIMS
 from verify.subject import BadSubject
 
@@ -41,6 +41,11 @@ def verify(
         bool, typer.Option("--mutants", help="plant faults; a survivor fails")
     ] = False,
     output: Annotated[str, typer.Option(help="where the report goes")] = "verify-report.json",
+    model: Annotated[str | None, typer.Option(help="folder of your own model, for --claim splits")] = None,
+    data: Annotated[str | None, typer.Option(help="your own rows (JSONL), with --model")] = None,
+    splits: Annotated[
+        str | None, typer.Option(help="cuts of a batch: micro-batches x sequences [1x8,2x4,8x1]")
+    ] = None,
 ) -> None:
     """State the claims, try them, and bound every error by rounding theory."""
     names = claim or list(CLAIMS)
@@ -52,7 +57,13 @@ def verify(
     if cases is not None and cases < 1:
         raise BadSubject(f"--cases: {cases}; allowed is 1 or more")
     seconds = runner.seconds_of(budget) if cases is None else None
-    subjects = [runner.load_subject(subject)] if subject else _built_in(device)
+    own = any(value is not None for value in (model, data, splits))
+    if own:
+        others = {"--subject": subject, "--cases": cases, "--mutants": mutants}
+        cuts, names = own_model.check(model, data, splits, claim, others), ["splits"]
+        subjects = []
+    else:
+        subjects = [runner.load_subject(subject)] if subject else _built_in(device)
     settings = {
         "claims": names,
         "subject": subject,
@@ -62,11 +73,18 @@ def verify(
         "seed": seed,
         "require": require,
     }
+    if own:
+        settings |= {"model": model, "data": data, "splits": list(cuts)}
     runner.check_output(output)
+    own_subject = own_model.load(model, data, device, cuts) if own else None
     console = Console()
-    console.print(f"seed {seed}; subjects: {', '.join(s.name for s in subjects) or 'none'}")
+    told = ", ".join(s.name for s in subjects) or model or "none"
+    console.print(f"seed {seed}; subjects: {told}")
     outcomes, kills = [], []
-    if mutants:
+    if own:
+        outcomes = own_model.run(own_subject, cuts)
+        report.print_claims(console, outcomes)
+    elif mutants:
 
         def after_kill(found) -> None:
             report.write(output, report.as_dict(settings, [], found, finished=False))

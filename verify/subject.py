@@ -1,6 +1,6 @@
 """The protocol by which a kernel, an optimiser or a trainer is put before the claims.
 
-A :class:`Subject` bundles up to three parts; a part that is None leaves its claims `not tried`. A
+A :class:`Subject` bundles up to four parts; a part that is None leaves its claims `not tried`. A
 part declares where it rounds and whether it claims the same bits under every cut of a batch. An
 example that imports nothing of this project's library is ``verify/plain.py``.
 """
@@ -233,6 +233,72 @@ class TrainerPart(Protocol):
         """Train from the case's seed with every global batch cut as told."""
 
 
+ROW, DOCUMENT = "row", "document"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One stream of documents: x [T, features] and dy [T, outputs] in the working dtype.
+
+    Document i has ``lengths[i]`` real rows and is padded to a multiple of ``alignment``; what stands in padding is
+    finite, random and large. ``ids`` name documents whatever the stream. An operation draws its weights from ``seed``.
+    """
+
+    lengths: tuple[int, ...]
+    ids: tuple[int, ...]
+    alignment: int
+    x: torch.Tensor
+    dy: torch.Tensor
+    seed: int
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """(start, stop) of the real rows of every document."""
+        found, start = [], 0
+        for length in self.lengths:
+            found.append((start, start + length))
+            start += -(-length // self.alignment) * self.alignment
+        return tuple(found)
+
+    def cut(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The real rows [length, ...] of every document, in order, of a tensor [T, ...]."""
+        return [tensor[start:stop] for start, stop in self.spans]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation that claims the same bits for a document whatever is in the stream beside it.
+
+    Attributes:
+        name: unique in the subject.
+        features, outputs: columns of x and dy.
+        run: from a stream to named lists of tensors, each list with one tensor a document in the order of the
+            stream: results ("y" [length, outputs]) and input gradients ("dx" [length, features]).
+        sees: which rows a row's result may depend on: ROW, itself alone; DOCUMENT, those of its document and its
+            place in it. The padding of DOCUMENT operations has dy = 0, as below any loss; elsewhere it is garbage.
+    """
+
+    name: str
+    features: int
+    outputs: int
+    run: Callable[[Packed], dict[str, list[torch.Tensor]]]
+    sees: str = DOCUMENT
+
+
+class OperationsPart(Protocol):
+    """Operations, each proved alone by the claim ``invariance``.
+
+    ``alignment``: rows to which a document is padded. ``streams``: totals of rows (multiples of the alignment) in
+    which the documents are tried. ``documents``: how many a case judges.
+    """
+
+    alignment: int
+    streams: tuple[int, ...]
+    documents: int
+    dtypes: tuple[torch.dtype, ...]
+    operations: tuple[Operation, ...]
+
+
 @dataclass(frozen=True)
 class Subject:
     """What is judged. ``device`` is "cpu" or "cuda"; ``tags`` are further words for ``--require``."""
@@ -243,3 +309,4 @@ class Subject:
     optimizer: OptimizerPart | None = None
     trainer: TrainerPart | None = None
     tags: tuple[str, ...] = ()
+    operations: OperationsPart | None = None

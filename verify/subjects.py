@@ -1,4 +1,4 @@
-"""fastlora as a subject, through the entry points its users have: the only file that imports it."""
+"""fastlora as a subject, through the entry points its users have; only files named ``subjects`` import it."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ from verify.subject import (
     TrainResult,
     WholeRun,
 )
+from verify.subjects_rows import FastloraOperations
 from verify.tiny import END, supervised_tokens, tiny_llama, token_rows, tokenizer, write_rows
 
 SEED = 7  # of the streams that name dropout masks
@@ -383,16 +384,17 @@ def built_in(device: str) -> list[Subject]:
     subjects = []
 
     def add(name: str, where: str, tag: str) -> None:
-        linear = FastloraLinear(where, (fp32, *half))
-        subjects.append(
-            Subject(name, where, linear, FastloraAdamW(where), FastloraTrainer(where), (tag,))
-        )
+        linear, rows = (kind(where, (fp32, *half)) for kind in (FastloraLinear, FastloraOperations))
+        parts = linear, FastloraAdamW(where), FastloraTrainer(where)
+        subjects.append(Subject(name, where, *parts, (tag,), rows))
 
     if device in ("auto", "cpu"):
         add("fastlora reference", "cpu", "reference")
         if os.environ.get("TRITON_INTERPRET") == "1" and backend.triton_installed():
-            linear = FastloraLinear("cpu", (fp32, torch.float16), forced="triton")
-            subjects.append(Subject("fastlora interpreter", "cpu", linear, tags=("interpreter",)))
+            kinds = FastloraLinear, FastloraOperations
+            linear, rows = (kind("cpu", (fp32, torch.float16), forced="triton") for kind in kinds)
+            tags = ("interpreter",)
+            subjects.append(Subject("fastlora interpreter", "cpu", linear, tags=tags, operations=rows))
     if device in ("auto", "cuda") and torch.cuda.is_available():
         add("fastlora triton", "cuda", "triton")
     return subjects

@@ -3,6 +3,7 @@ say."""
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import pytest
@@ -23,6 +24,14 @@ def test_ordered_is_fixed_by_the_seed(cases):
     assert ordered("linear", NAMES, 0) == cases
     assert ordered("linear", NAMES, 1) != cases
     assert len(set(cases)) == len(cases) > 250
+
+
+def test_ordered_does_not_change_with_the_modules_that_are_loaded(cases, tmp_path, monkeypatch):
+    (tmp_path / "numbers_of_ours.py").write_text("NUMBERS = [77, 101, 211, 223, 227, 229, 233, 239, 241, 251]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("numbers_of_ours")
+    ordered.cache_clear()
+    assert ordered("linear", NAMES, 0) == cases
 
 
 def test_linear_cases_reach_the_corners(cases):

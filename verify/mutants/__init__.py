@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from verify.mutants import linear, optimizer, trainer
+from verify.mutants import linear, optimizer, rows, trainer
 from verify.mutants.base import Mutant
 
-MUTANTS: tuple[Mutant, ...] = (*linear.MUTANTS, *trainer.MUTANTS, *optimizer.MUTANTS)
+MUTANTS: tuple[Mutant, ...] = (
+    *linear.MUTANTS,
+    *trainer.MUTANTS,
+    *optimizer.MUTANTS,
+    *rows.MUTANTS,
+)

@@ -12,7 +12,7 @@ from verify.subject import Subject
 class Mutant:
     """One planted fault.
 
-    ``part``: "linear", "optimizer" or "trainer". ``wrap``: the part with the fault in it.
+    ``part``: "linear", "optimizer", "trainer" or "operations". ``wrap``: the part with the fault in it.
     ``killer``: the claim that must catch it. ``seen_on``: says why not, for a subject on which the
     fault cannot show.
     """
@@ -26,7 +26,7 @@ class Mutant:
 
     def plant(self, subject: Subject) -> Subject:
         """The subject with this fault. The other parts are left out, so that only it can be caught."""
-        parts = {"linear": None, "optimizer": None, "trainer": None}
+        parts = {"linear": None, "optimizer": None, "trainer": None, "operations": None}
         faulty = self.wrap(getattr(subject, self.part))
         if self.part == "trainer":
             parts["optimizer"] = subject.optimizer
