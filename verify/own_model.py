@@ -194,26 +194,38 @@ def load(model: str, data: str, device: str, cuts: dict[str, Cut]):
 
 def run(subject, cuts: dict[str, Cut]) -> list[Outcome]:
     """One outcome for a loaded model: every cut, and in its notes PEFT and float sums on the same cuts."""
-    begun, batch = time.monotonic(), subject.batch
+    begun = time.monotonic()
     out = Outcome(splits.NAME, STATEMENT, pathlib.Path(subject.folder).resolve().name)
     out.tags |= {subject.device.type, subject.dtype_name, "own-model"}
     for module, reason in subject.not_exact:
         out.note(f"exactness not claimed: {module}: {reason}")
-    judge(subject, cuts, out)
+    try:
+        judge(subject, cuts, out)
+    # A crash of the subject is a failure of the claim.
+    except Exception as error:
+        out.fail(f"raised {type(error).__name__}: {error}")
+        return [out]
     control = {name: subject.train(cut, float_sums=True) for name, cut in cuts.items()}
     out.note(_told("control: float sums", control))
     if importlib.util.find_spec("peft") is None:
         out.note("PEFT is not installed: not tried")
     else:
-        from verify.peft_loop import train
-
-        rows = [global_batch(subject.rows, batch, step) for step in range(STEPS)]
-        targets = subject.targets
-        plain = train(subject.plain(), rows, cuts, targets, SEED, RATE)
-        found = {name: ModelRun(digests, ()) for name, digests in plain.items()}
-        out.note(_told("PEFT in a plain loop", found))
+        out.note(_peft(subject, cuts))
     out.seconds = time.monotonic() - begun
     return [out]
+
+
+def _peft(subject, cuts: dict[str, Cut]) -> str:
+    """What PEFT gives for the same cuts, or why it gives nothing: no verdict hangs on it."""
+    from verify.peft_loop import train
+
+    rows = [global_batch(subject.rows, subject.batch, step) for step in range(STEPS)]
+    targets = subject.targets
+    try:
+        plain = train(subject.plain(), rows, cuts, targets, SEED, RATE)
+    except Exception as error:
+        return f"PEFT in a plain loop raised {type(error).__name__}: {str(error).splitlines()[:1]}"
+    return _told("PEFT in a plain loop", {name: ModelRun(digests, ()) for name, digests in plain.items()})
 
 
 def judge(subject, cuts: dict[str, Cut], out: Outcome) -> None:

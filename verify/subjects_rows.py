@@ -64,9 +64,9 @@ class FastloraOperations:
         for name, (window, softcap) in kinds.items():
             body = functools.partial(_attend, window, softcap)
             yield self._of(f"attention{name}", (HEADS + 2 * KEY_HEADS) * HEAD, HEADS * HEAD, body, DOCUMENT)
-        for name, softcap in {"head and loss": None, "head and loss, soft-cap": 4.0}.items():
-            run = functools.partial(self._head, softcap)
-            yield Operation(name, 64, 1, run, DOCUMENT)
+        losses = {"": {}, ", soft-cap": {"softcap": 4.0}, ", smoothed": {"label_smoothing": 0.1, "z_loss": 1e-3}}
+        for name, keywords in losses.items():
+            yield Operation(f"head and loss{name}", 64, 1, functools.partial(self._head, keywords), DOCUMENT)
         width = 256 if self.device == "cuda" else 32
         # A whole layer in the interpreter takes a minute a case.
         for family in () if self.forced else ("llama", "qwen3", "gemma3_text"):
@@ -90,7 +90,7 @@ class FastloraOperations:
             (dx,) = torch.autograd.grad(y, (x,), packed.dy)
         return {"y": packed.cut(y.detach()), "dx": packed.cut(dx)}
 
-    def _head(self, softcap: float | None, packed: Packed) -> dict[str, list[torch.Tensor]]:
+    def _head(self, keywords: dict[str, float], packed: Packed) -> dict[str, list[torch.Tensor]]:
         """Each document's loss, and the gradient of its hidden rows; one row in five is not supervised."""
         hidden = packed.x.detach().clone().requires_grad_()
         (weight,) = _weights(packed, (131, hidden.shape[1]))
@@ -100,7 +100,7 @@ class FastloraOperations:
             labels[start:stop] = torch.where((place % 5) == 1, IGNORED, (place * 37 + name) % len(weight))
         record = LossRecord()
         with self._place(packed):
-            loss, _ = linear_cross_entropy(hidden, weight, labels, softcap=softcap, record=record)
+            loss, _ = linear_cross_entropy(hidden, weight, labels, record=record, **keywords)
             (dx,) = torch.autograd.grad(loss, (hidden,))
         return {"loss": list(record.documents.cpu()), "dx": packed.cut(dx)}
 

@@ -29,7 +29,8 @@ def folder(tmp_path_factory):
     LlamaForCausalLM(config).save_pretrained(place / "model")
     make_tokenizer().save_pretrained(place / "model")
     draw, words = random.Random(0), ["one", "two", "three", "hello", "world"]
-    rows = [{"prompt": "the answer is", "completion": " " + " ".join(draw.choices(words, k=3 + 4 * i))} for i in range(6)]
+    texts = [" " + " ".join(draw.choices(words, k=3 + 4 * i)) for i in range(6)]
+    rows = [{"prompt": "the answer is", "completion": text} for text in texts]
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return place
 
@@ -132,3 +133,12 @@ def test_first_apart_is_the_earliest_step_in_the_models_order():
     two = own_model.ModelRun([{"a": "1", "b": "2"}, {"a": "3", "b": "5"}], ())
     assert own_model.first_apart(one, two) == (1, "b")
     assert own_model.first_apart(one, one) is None
+
+
+def test_run_tells_a_crash_of_the_subject_as_a_failure(subject):
+    def crashes(cut, **keywords):
+        raise RuntimeError("no kernel image")
+
+    subject.train = crashes
+    (outcome,) = own_model.run(subject, CUTS)
+    assert outcome.failures == ["raised RuntimeError: no kernel image"]

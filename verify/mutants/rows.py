@@ -135,6 +135,6 @@ MUTANTS = (
     _fault("tile by number of rows", "a reduction's tile depends on the number of rows", _tile_by_rows, "RMSNorm"),
     _fault("tail tile of the stream", "the last tile of the stream has less precision", _tail_tile, "gate"),
     _fault("padding leaks", "the row behind a document reaches its last", _padding_leaks, "RMSNorm"),
-    _fault("mask by stream place", "the dropout mask follows a document's place", _ids_by_place, "LoRA linear, dropout"),
+    _fault("mask by stream place", "dropout follows a document's place", _ids_by_place, "LoRA linear, dropout"),
     _fault("result kept by shape", "a result is given again for every stream of one shape", _kept),
 )
