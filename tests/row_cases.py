@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from fastlora.kernels.glu import glu_backward, glu_forward
+from fastlora.kernels.glu import glu_backward, glu_forward, glu_pair_backward, glu_pair_forward
 from fastlora.kernels.rms_norm import norm_backward, norm_forward
 from fastlora.kernels.rope import head_norm_rotate, head_norm_rotate_backward, rotate
 
@@ -136,6 +136,62 @@ def angles(rows, rotary, dtype, device):
     at = torch.arange(rows, device=device)[:, None] * 10000.0 ** (-torch.arange(0, rotary, 2, device=device) / rotary)
     at = torch.cat((at, at), -1)
     return at.cos().to(dtype), at.sin().to(dtype)
+
+
+def failures(checks: dict[str, bool]) -> list[str]:
+    """Names of the checks that do not hold."""
+    return [name for name, holds in checks.items() if not holds]
+
+
+def rotate_failures(sizes, cos, sin, inverse, dtype, device):
+    """What is wrong with RoPE in place. sizes: (heads, head width, features that turn, columns beyond the heads)."""
+    heads, width, rotary, beyond = sizes
+    (buffer,) = draw(dtype, device, (len(cos), heads * width + beyond))
+    before = buffer.clone()
+    rotate(buffer, cos, sin, heads, width, inverse=inverse)
+    ours, x = (t[:, : heads * width].unflatten(1, (heads, width)) for t in (buffer, before))
+    return failures({
+        "within its bound": fits(ours, rotate_truth(x, cos, sin, inverse), dtype),
+        "features that do not turn": torch.equal(ours[..., rotary:], x[..., rotary:]),
+        "columns beyond the heads": torch.equal(buffer[:, heads * width :], before[:, heads * width :]),
+    })  # fmt: skip
+
+
+def head_norm_failures(sizes, rows, cos, sin, style, dtype, device):
+    """What is wrong with the norm of heads and RoPE, forward and backward. sizes as in :func:`rotate_failures`; cos None: no RoPE."""
+    heads, width, _, beyond = sizes
+    split, columns = (heads - 1, 1), heads * width
+    raw, grad = draw(dtype, device, (rows, columns + beyond), (rows, columns + 2 * beyond))
+    weight_q, weight_k = draw(dtype, device, (width,), (width,), seed=2)
+    weight = head_weight(weight_q, weight_k, split)
+    x, g = (t[:, :columns].unflatten(1, (heads, width)).clone() for t in (raw, grad))
+    rotated, rstd = head_norm_rotate(raw, weight_q, weight_k, EPS, style, cos, sin, *split, width)
+    truth = head_norm_truth(x, weight, style, cos, sin)
+    rest = grad[:, columns:].clone()
+    head_norm_rotate_backward(grad, raw, rstd, weight_q, weight_k, style, cos, sin, *split, width)
+    ours = grad[:, :columns].unflatten(1, (heads, width))
+    return failures({
+        "rotated": fits(rotated.unflatten(1, (heads, width)), truth[0], dtype),
+        "rstd": fits(rstd, truth[1], torch.float32),
+        "gradient": fits(ours, head_norm_backward_truth(g, x, weight, style, cos, sin), dtype),
+        "columns beyond the heads": torch.equal(grad[:, columns:], rest),
+    })  # fmt: skip
+
+
+def glu_failures(rows, width, activation, dtype, device):
+    """What is wrong with a gate, from one buffer and from two."""
+    gate_up, dh = draw(dtype, device, (rows, 2 * width), (rows, width))
+    gate_up *= 3
+    gate, up = gate_up.split(width, 1)
+    hidden = glu_forward(gate_up, activation)
+    d, again = glu_backward(dh, gate_up, activation, emit=True)
+    results = dict(zip(("hidden", "dgate", "dup"), zip((hidden, *d.split(width, 1)), glu_truth(dh, gate, up, activation))))
+    return failures({name: fits(ours, pair, dtype) for name, (ours, pair) in results.items()} | {
+        "hidden again": torch.equal(again, hidden),
+        "nothing emitted unasked": glu_backward(dh, gate_up, activation)[1] is None,
+        "hidden of a pair": torch.equal(glu_pair_forward(gate, up, activation), hidden),
+        "gradients of a pair": torch.equal(torch.cat(glu_pair_backward(dh, gate, up, activation), 1), d),
+    })  # fmt: skip
 
 
 def row_operations(width, head, dtype, device):

@@ -73,23 +73,6 @@ class _Attention(torch.autograd.Function):
         return g.dq, dk, dv, None, None
 
 
-def _sdpa_by_document(query, key, value, spans, scale, window):
-    """torch's own attention, a call a document: for devices where exactness is not claimed."""
-    parts = []
-    for start, stop in spans:
-        q, k, v = (x[:, :, start:stop] for x in (query, key, value))
-        mask = None
-        if window is not None and window < stop - start:
-            place = torch.arange(stop - start, device=query.device)
-            back = place.unsqueeze(1) - place
-            mask = (back >= 0) & (back < window)
-        part = functional.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True
-        )
-        parts.append(part.transpose(1, 2))
-    return torch.cat(parts, dim=1)
-
-
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -9,22 +9,13 @@ import subprocess
 import sys
 
 import pytest
+from tiny_run import run_command as run
 from tiny_run import save_model, write_rows
-
-from fastlora import cli
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model"))
-
-
-def run(capsys, *arguments):
-    """(exit code, standard output, standard error) of one command in this process."""
-    with pytest.raises(SystemExit) as left:
-        cli.main([str(a) for a in arguments])
-    out, err = capsys.readouterr()
-    return left.value.code or 0, out, err
 
 
 def files(folder):

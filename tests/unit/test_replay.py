@@ -9,20 +9,13 @@ import shutil
 import pytest
 import torch
 from rich.console import Console
+from tiny_run import run_command as run
 from tiny_run import save_model, write_rows
 
 from fastlora import cli
 from fastlora.checkpoint import newest
 from fastlora.errors import InputError
 from fastlora.replay import replay
-
-
-def run(capsys, *arguments):
-    """(exit code, standard output, standard error) of one command in this process."""
-    with pytest.raises(SystemExit) as left:
-        cli.main([str(a) for a in arguments])
-    out, err = capsys.readouterr()
-    return left.value.code or 0, out, err
 
 
 def files(folder):

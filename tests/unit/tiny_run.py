@@ -6,9 +6,11 @@ import io
 import json
 import pathlib
 
+import pytest
 import torch
 from rich.console import Console
 
+from fastlora import cli
 from fastlora.config import LoraConfig
 from fastlora.train import Trainer
 from fastlora.train_config import TrainConfig
@@ -65,3 +67,11 @@ def train(folder: pathlib.Path, name: str, *, model=None, lora: dict | None = No
                       LoraConfig(**({"r": 4} | (lora or {}))), console=Console(file=out, width=200),
                       float_sums=float_sums)
     return trainer.train(stop_after), trainer, out.getvalue()
+
+
+def run_command(capsys, *arguments):
+    """(exit code, standard output, standard error) of one command in this process."""
+    with pytest.raises(SystemExit) as left:
+        cli.main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return left.value.code or 0, out, err
