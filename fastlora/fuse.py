@@ -58,22 +58,22 @@ class _FusedLayer:
     """Put before a decoder layer's class."""
 
     def __call__(self, hidden_states: torch.Tensor, *args, **keywords):
-        if self._place(hidden_states, args, keywords) is None:
-            return super().__call__(hidden_states, *args, **keywords)
-        # past transformers' own checkpointing wrapper: what a fused layer keeps is its plan's to say
-        return nn.Module.__call__(self, hidden_states, *args, **keywords)
-
-    def forward(self, hidden_states: torch.Tensor, *args, **keywords) -> torch.Tensor:
-        """hidden_states [1, T, features] -> the same shape."""
         place = self._place(hidden_states, args, keywords)
         if place is None:
+            return super().__call__(hidden_states, *args, **keywords)
+        # past transformers' own checkpointing wrapper: what a fused layer keeps is its plan's to say
+        return nn.Module.__call__(self, hidden_states, *args, fastlora_place=place, **keywords)
+
+    def forward(self, hidden_states: torch.Tensor, *args, fastlora_place=None, **keywords) -> torch.Tensor:
+        """hidden_states [1, T, features] -> the same shape; fused at the place that ``__call__`` found, the layer's own without."""
+        if fastlora_place is None:
             return super().forward(hidden_states, *args, **keywords)
         from fastlora.ops.decoder_layer import decoder_layer
 
         plan = self._fastlora_plan
         plan.checkpoint = self._fastlora_checkpoint or (self.training and getattr(self, "gradient_checkpointing", False))
         rows = hidden_states.reshape(-1, hidden_states.shape[-1]).contiguous()
-        return decoder_layer(rows, plan, place).view(hidden_states.shape)
+        return decoder_layer(rows, plan, fastlora_place).view(hidden_states.shape)
 
     def _place(self, hidden: torch.Tensor, args: tuple, keywords: dict):
         """Where this call takes place; None where the layer's own forward must run."""

@@ -6,11 +6,9 @@ import json
 import random
 
 import pytest
-import torch
 from test_verify_command import command
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.unit.tiny_tokenizer import make_tokenizer
+from tests.unit.tiny_run import save_model
 from verify import own_model
 from verify.claims.outcome import Outcome
 from verify.subject import BadSubject
@@ -21,13 +19,7 @@ CUTS = {"1x4": ((0, 1, 2, 3),), "4x1": ((0,), (1,), (2,), (3,))}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("own")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(place / "model")
-    make_tokenizer().save_pretrained(place / "model")
+    save_model(place / "model")
     draw, words = random.Random(0), ["one", "two", "three", "hello", "world"]
     texts = [" " + " ".join(draw.choices(words, k=3 + 4 * i)) for i in range(6)]
     rows = [{"prompt": "the answer is", "completion": text} for text in texts]

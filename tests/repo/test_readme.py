@@ -13,7 +13,7 @@ import pytest
 import source
 import typer
 
-from tests.unit.tiny_tokenizer import make_tokenizer
+from tests.unit.tiny_run import save_model
 
 # A speed or a factor in prose. Tables made from bench/results stand between these marks.
 FIGURE = re.compile(r"\d(\.\d+)?\s*(x\b|×|times (faster|slower)|tokens/s|TFLOP|[mµ]s\b|us\b|TB/s)")
@@ -145,17 +145,8 @@ def test_docs_list_every_kernel_file_and_claim():
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with what the pages speak of: my-model, a tiny random Llama with a tokenizer, and rows.jsonl."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     folder = tmp_path_factory.mktemp("page")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "my-model")
-    make_tokenizer().save_pretrained(folder / "my-model")
+    save_model(folder / "my-model")
     row = '{"prompt": "the answer is", "completion": " one two three"}\n'
     (folder / "rows.jsonl").write_text(row * 3 + row.replace("one", "hello world"), encoding="utf-8")
     return folder
