@@ -23,8 +23,8 @@ from fastlora.kernels import gemm as gemm_file
 from fastlora.kernels import project as project_file
 from fastlora.kernels import tables
 from fastlora.kernels import token_sum as token_sum_file
+from fastlora.kernels.chunks import UNIT
 from fastlora.kernels.columns import Columns
-from fastlora.kernels.tile import CHUNK
 
 _TYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -101,15 +101,15 @@ def build_arguments(case: Case):
         tile = tables.token_sum_tile(case.arch, case.dtype, columns, with_ds=with_ds)
         signature = {"p_wide": element, "p_narrow": element, "p_out": "*i64" if case.exact else "*fp32"}
         signature |= {"p_stats": "*i64" if case.exact else element, "p_b": element}
-        signature |= {"p_ds": "*fp32" if with_ds else element, "p_token": "*i64"}
-        signature |= {"M": "i32", "chunks": "i32", "walk": "i32", "first_chunk": "i64"} | drop
+        signature |= {"p_ds": "*fp32" if with_ds else element, "p_token": "*i64", "p_table": "*i32"}
+        signature |= {"M": "i32", "units": "i32", "runs": "i32", "first_chunk": "i64"} | drop
         features = case.outer if major else case.inner
         ranges = [*(layout.ranges if major else ((0, features),)), (0, 0), (0, 0)]
         constants = dict(
             LD=features, LR=layout.columns, B_LD=layout.columns, R=layout.padded, RANK=case.rank, PER=per, C=columns,
             START0=ranges[0][0], START1=ranges[1][0], START2=ranges[2][0], F0=ranges[0][1], F1=ranges[1][1], F2=ranges[2][1],
             OUT_F=case.rank if major else 1, OUT_R=1 if major else features, OUT_SIZE=features * case.rank * case.count,
-            EXACT=case.exact, WITH_DS=with_ds, DROPOUT=case.dropout, PRECISION=precision, CHUNK=CHUNK,
+            EXACT=case.exact, WITH_DS=with_ds, DROPOUT=case.dropout, PRECISION=precision, UNIT=UNIT,
             BM=tile.bm, BF=tile.bn,
         )  # fmt: skip
         return token_sum_file.token_sum_kernel, tile, signature, constants

@@ -14,6 +14,12 @@ from fastlora.exact import discard, exact
 from fastlora.inject import lora_layers
 
 
+def _chunks(dy):
+    from fastlora.ops.triton_path import chunks_here
+
+    return chunks_here(dy)
+
+
 class Group(torch.autograd.Function):
     """Projections of one input as one product, x [M, K] -> [M, N]."""
 
@@ -28,8 +34,9 @@ class Group(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, s = ctx.saved_tensors
-        dx, ds, db = ctx.group.backward(dy, s, None)
-        return dx, None, *ctx.group.gradients(x, ds, db, None)
+        chunks = _chunks(dy)
+        dx, ds, db = ctx.group.backward(dy, s, None, chunks)
+        return dx, None, *ctx.group.gradients(x, ds, db, None, chunks)
 
 
 class Mlp(torch.autograd.Function):
@@ -52,11 +59,12 @@ class Mlp(torch.autograd.Function):
 
         x, both, s, s_down = ctx.saved_tensors
         gate_up, down = ctx.groups
-        dhidden, ds, db = down.backward(dy, s_down, None)
+        chunks = _chunks(dy)
+        dhidden, ds, db = down.backward(dy, s_down, None, chunks)
         dboth, hidden = glu_backward(dhidden, both, "silu", emit=True)
-        of_down = down.gradients(hidden, ds, db, None)
-        dx, ds, db = gate_up.backward(dboth, s, None)
-        return dx, None, None, *gate_up.gradients(x, ds, db, None), *of_down
+        of_down = down.gradients(hidden, ds, db, None, chunks)
+        dx, ds, db = gate_up.backward(dboth, s, None, chunks)
+        return dx, None, None, *gate_up.gradients(x, ds, db, None, chunks), *of_down
 
 
 class Adapted:

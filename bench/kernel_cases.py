@@ -96,6 +96,7 @@ def gemm_dx(size: Size, device: str, dtype: torch.dtype) -> Case:
 
 def low_rank(size: Size, device: str, dtype: torch.dtype, which: str) -> Case:
     """S, dS with dB, or dA: one pass over x or dY."""
+    from fastlora.kernels.chunks import chunks_of
     from fastlora.kernels.columns import single
     from fastlora.kernels.project import project
     from fastlora.kernels.token_sum import Sink, sum_a
@@ -104,15 +105,16 @@ def low_rank(size: Size, device: str, dtype: torch.dtype, which: str) -> Case:
     wide = size.inner if which != "ds-db" else size.outer
     layout = single(size.rank, size.outer, 1.0)
     x, s = draw(device, dtype, size.tokens, wide), draw(device, dtype, size.tokens, layout.columns)
+    chunks = chunks_of(size.tokens, ((0, size.tokens),), x.device)
     a, b = _factors(size, device, dtype, layout.columns)
     if which == "s":
         own = lambda: project(x, a, layout)  # noqa: E731
     elif which == "ds-db":
         sink = Sink.of(TokenSum((size.outer, size.rank), device))
-        own = lambda: low_rank_gradients(x, s, b, layout, sink)  # noqa: E731
+        own = lambda: low_rank_gradients(x, s, b, layout, chunks, sink)  # noqa: E731
     else:
         sink = Sink.of(TokenSum((size.rank, size.inner), device))
-        own = lambda: sum_a(x, s, layout, sink=sink)  # noqa: E731
+        own = lambda: sum_a(x, s, layout, chunks, sink=sink)  # noqa: E731
     moved = (x.numel() + s.numel()) * x.element_size()
     verify = lambda: check.linear(size.inner, size.outer, size.rank, 0.0, True, device, dtype)  # noqa: E731
     return Case(COPY, {COPY: copy_of(moved, device), OURS: own}, verify, bytes_moved=moved)

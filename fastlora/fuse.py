@@ -77,6 +77,7 @@ class _FusedLayer:
 
     def _place(self, hidden: torch.Tensor, args: tuple, keywords: dict):
         """Where this call takes place; None where the layer's own forward must run."""
+        from fastlora.kernels.chunks import chunks_of
         from fastlora.ops.attention_triton import document_edges, fits
         from fastlora.ops.decoder_layer import Place
 
@@ -100,7 +101,8 @@ class _FusedLayer:
         cos, sin = (None, None) if embeddings is None else (t.reshape(-1, t.shape[-1]) for t in embeddings)
         if plan.rope and (cos is None or cos.shape[0] != current.total):
             return None
-        return Place(current, document_edges(current.spans, hidden.device), cos, sin)
+        device = hidden.device
+        return Place(current, document_edges(current.spans, device), chunks_of(current.total, current.spans, device), cos, sin)
 
 
 @functools.cache

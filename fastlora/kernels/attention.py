@@ -22,21 +22,97 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def masked_scores(
-    b_q, b_k, o_q, o_k, scale, window, softcap,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    b_s, o_q, o_k, scale, window, softcap, MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Scores q k^T in units of log2, minus infinity where a query may not look; and d(score)/d(scaled q k^T) of the soft-cap."""
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
+    """Scores from q k^T in units of log2, minus infinity where a query may not look; and d(score)/d(scaled q k^T) of the soft-cap.
+
+    b_s may lie either way: o_q and o_k are the positions along its axes, [n, 1] and [1, m] or [1, n] and [m, 1]. MASK False: every
+    query of the block looks at every key of it, so nothing is compared.
+    """
     b_slope = b_s
     if SOFTCAP:
         # tanh(x) = 2 sigmoid(2 x) - 1
-        b_t = 2.0 * tl.sigmoid(2.0 * b_s / softcap) - 1.0
-        b_s = softcap * b_t
+        b_t = 2.0 * tl.sigmoid(2.0 * (b_s * scale) / softcap) - 1.0
+        b_s = (softcap * LOG2E) * b_t
         b_slope = 1.0 - b_t * b_t
-    m_s = o_q[:, None] >= o_k[None, :]
-    if WINDOW:
-        m_s = m_s & (o_q[:, None] - o_k[None, :] < window)
-    return tl.where(m_s, b_s * LOG2E, float("-inf")), b_slope
+    else:
+        b_s = b_s * (scale * LOG2E)
+    if MASK:
+        m_s = o_q >= o_k
+        if WINDOW:
+            m_s = m_s & (o_q - o_k < window)
+        b_s = tl.where(m_s, b_s, float("-inf"))
+    return b_s, b_slope
+
+
+@triton.jit
+def forward_step(
+    b_q, p_k, p_v, i_k, o_q, b_max, b_sum, b_acc, scale, window, softcap, K_T: tl.constexpr, V_T: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    BD: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """One block of keys: the running maximum, sum and weighted values after it."""
+    o_k = i_k + tl.arange(0, BK)
+    b_k = load_rows(p_k, o_k, K_T, D, BD)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    b_s, _ = masked_scores(b_s, o_q[:, None], o_k[None, :], scale, window, softcap, MASK, WINDOW, SOFTCAP)
+    b_new = tl.maximum(b_max, tl.max(b_s, 1))
+    b_safe = b_new
+    if MASK:
+        # a row that has seen no key yet keeps minus infinity: subtract 0 there, not infinity from infinity
+        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+    b_p = tl.exp2(b_s - b_safe[:, None])
+    b_old = tl.exp2(b_max - b_safe)
+    b_sum = b_sum * b_old + tl.sum(b_p, 1)
+    b_v = load_rows(p_v, o_k, V_T, E, BE)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None], input_precision=PRECISION)
+    return b_new, b_sum, b_acc
+
+
+@triton.jit
+def dq_step(
+    b_q, b_dout, b_lse, b_delta, p_k, p_v, i_k, o_q, b_dq, scale, window, softcap, K_T: tl.constexpr, V_T: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    BD: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """dQ (without the scale) after one block of keys."""
+    o_k = i_k + tl.arange(0, BK)
+    b_k = load_rows(p_k, o_k, K_T, D, BD)
+    b_v = load_rows(p_v, o_k, V_T, E, BE)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    b_s, b_slope = masked_scores(b_s, o_q[:, None], o_k[None, :], scale, window, softcap, MASK, WINDOW, SOFTCAP)
+    b_p = tl.exp2(b_s - b_lse[:, None])
+    b_ds = b_p * (tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION) - b_delta[:, None])
+    if SOFTCAP:
+        b_ds = b_ds * b_slope
+    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+
+
+@triton.jit
+def dkv_step(
+    b_k, b_v, p_q, p_dout, p_lse, p_delta, i_q, o_k, b_dk, b_dv, scale, window, softcap, Q_T: tl.constexpr, DO_T: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    BD: tl.constexpr, BE: tl.constexpr, BQ: tl.constexpr,
+):  # fmt: skip
+    """dK (without the scale) and dV after one block of queries.
+
+    Scores are made keys by queries: so they are the left operand of both products from registers, without a way through shared
+    memory (as in Triton's own tutorial of fused attention).
+    """
+    o_q = i_q + tl.arange(0, BQ)
+    b_q = load_rows(p_q, o_q, Q_T, D, BD)
+    b_dout = load_rows(p_dout, o_q, DO_T, E, BE)
+    b_lse = tl.load(p_lse + o_q)
+    b_delta = tl.load(p_delta + o_q)
+    b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+    b_s, b_slope = masked_scores(b_s, o_q[None, :], o_k[:, None], scale, window, softcap, MASK, WINDOW, SOFTCAP)
+    b_p = tl.exp2(b_s - b_lse[None, :])
+    b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
+    b_ds = b_p * (tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION) - b_delta[None, :])
+    if SOFTCAP:
+        b_ds = b_ds * b_slope
+    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    return b_dk, b_dv
 
 
 @triton.jit
@@ -76,19 +152,17 @@ def attention_forward_kernel(
     b_max = tl.full((BQ,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BQ,), tl.float32)
     b_acc = tl.zeros((BQ, BE), tl.float32)
-    for i_k in range(first, i_q * BQ + BQ, BK):
-        o_k = i_k + tl.arange(0, BK)
-        b_k = load_rows(p_k, o_k, K_T, D, BD)
-        b_s, _ = masked_scores(b_q, b_k, o_q, o_k, scale, window, softcap, WINDOW, SOFTCAP, PRECISION)
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        # a row that has seen no key yet keeps minus infinity: subtract 0 there, not infinity from infinity
-        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_p = tl.exp2(b_s - b_safe[:, None])
-        b_old = tl.exp2(b_max - b_safe)
-        b_sum = b_sum * b_old + tl.sum(b_p, 1)
-        b_v = load_rows(p_v, o_k, V_T, E, BE)
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None], input_precision=PRECISION)
-        b_max = b_new
+    # below the diagonal block nothing is masked, unless a window hides what lies far back
+    for i_k in range(first, i_q * BQ, BK):
+        b_max, b_sum, b_acc = forward_step(
+            b_q, p_k, p_v, i_k, o_q, b_max, b_sum, b_acc, scale, window, softcap, K_T, V_T, D, E, WINDOW, WINDOW, SOFTCAP,
+            PRECISION, BD, BE, BK,
+        )
+    for i_k in range(i_q * BQ, i_q * BQ + BQ, BK):
+        b_max, b_sum, b_acc = forward_step(
+            b_q, p_k, p_v, i_k, o_q, b_max, b_sum, b_acc, scale, window, softcap, K_T, V_T, D, E, True, WINDOW, SOFTCAP,
+            PRECISION, BD, BE, BK,
+        )
     store_rows(p_out + i_h * O_H, o_q, O_T, b_acc / b_sum[:, None], E, BE)
     tl.store(p_lse + i_h * T + o_q, b_max + tl.log2(b_sum))
 
@@ -128,16 +202,16 @@ def attention_dq_kernel(
     p_k += i_h // GROUPS * K_H
     p_v += i_h // GROUPS * V_H
     b_dq = tl.zeros((BQ, BD), tl.float32)
-    for i_k in range(first, i_q * BQ + BQ, BK):
-        o_k = i_k + tl.arange(0, BK)
-        b_k = load_rows(p_k, o_k, K_T, D, BD)
-        b_v = load_rows(p_v, o_k, V_T, E, BE)
-        b_s, b_slope = masked_scores(b_q, b_k, o_q, o_k, scale, window, softcap, WINDOW, SOFTCAP, PRECISION)
-        b_p = tl.exp2(b_s - b_lse[:, None])
-        b_ds = b_p * (tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION) - b_delta[:, None])
-        if SOFTCAP:
-            b_ds = b_ds * b_slope
-        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+    for i_k in range(first, i_q * BQ, BK):
+        b_dq = dq_step(
+            b_q, b_dout, b_lse, b_delta, p_k, p_v, i_k, o_q, b_dq, scale, window, softcap, K_T, V_T, D, E, WINDOW, WINDOW,
+            SOFTCAP, PRECISION, BD, BE, BK,
+        )
+    for i_k in range(i_q * BQ, i_q * BQ + BQ, BK):
+        b_dq = dq_step(
+            b_q, b_dout, b_lse, b_delta, p_k, p_v, i_k, o_q, b_dq, scale, window, softcap, K_T, V_T, D, E, True, WINDOW,
+            SOFTCAP, PRECISION, BD, BE, BK,
+        )
     store_rows(p_dq + i_h * DQ_H, o_q, DQ_T, b_dq * scale, D, BD)
 
 
@@ -163,19 +237,18 @@ def attention_dkv_kernel(
     b_dv = tl.zeros((BK, BE), tl.float32)
     for i_member in range(GROUPS):
         i_q_head = i_h * GROUPS + i_member
-        for i_q in range(i_k * BK, last, BQ):
-            o_q = i_q + tl.arange(0, BQ)
-            b_q = load_rows(p_q + i_q_head * Q_H, o_q, Q_T, D, BD)
-            b_dout = load_rows(p_dout + i_q_head * DO_H, o_q, DO_T, E, BE)
-            b_lse = tl.load(p_lse + i_q_head * T + o_q)
-            b_delta = tl.load(p_delta + i_q_head * T + o_q)
-            b_s, b_slope = masked_scores(b_q, b_k, o_q, o_k, scale, window, softcap, WINDOW, SOFTCAP, PRECISION)
-            b_p = tl.exp2(b_s - b_lse[:, None])
-            b_dv = tl.dot(tl.trans(b_p.to(b_dout.dtype)), b_dout, b_dv, input_precision=PRECISION)
-            b_ds = b_p * (tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION) - b_delta[:, None])
-            if SOFTCAP:
-                b_ds = b_ds * b_slope
-            b_dk = tl.dot(tl.trans(b_ds.to(b_q.dtype)), b_q, b_dk, input_precision=PRECISION)
+        p_query, p_dy = p_q + i_q_head * Q_H, p_dout + i_q_head * DO_H
+        p_l, p_d = p_lse + i_q_head * T, p_delta + i_q_head * T
+        for i_q in range(i_k * BK, i_k * BK + BK, BQ):
+            b_dk, b_dv = dkv_step(
+                b_k, b_v, p_query, p_dy, p_l, p_d, i_q, o_k, b_dk, b_dv, scale, window, softcap, Q_T, DO_T, D, E, True, WINDOW,
+                SOFTCAP, PRECISION, BD, BE, BQ,
+            )
+        for i_q in range(i_k * BK + BK, last, BQ):
+            b_dk, b_dv = dkv_step(
+                b_k, b_v, p_query, p_dy, p_l, p_d, i_q, o_k, b_dk, b_dv, scale, window, softcap, Q_T, DO_T, D, E, WINDOW, WINDOW,
+                SOFTCAP, PRECISION, BD, BE, BQ,
+            )
     store_rows(p_dk + i_h * DK_H, o_k, DK_T, b_dk * scale, D, BD)
     store_rows(p_dv + i_h * DV_H, o_k, DV_T, b_dv, E, BE)
 

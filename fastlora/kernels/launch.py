@@ -20,7 +20,7 @@ from fastlora.kernels.tables import (
 )
 
 __all__ = [
-    "Dropout", "arch_of", "can_use_tma", "cdiv", "chunks_per_program", "descriptor", "dropout_arguments", "gemm_tile", "is_ragged",
+    "Dropout", "arch_of", "can_use_tma", "cdiv", "descriptor", "dropout_arguments", "gemm_tile", "is_ragged",
     "padded_rank", "persistent_programs", "project_tile", "reduce_tile", "run", "token_sum_tile",
 ]  # fmt: skip
 
@@ -57,15 +57,6 @@ def _processors(index: int) -> int:
 def persistent_programs(device: torch.device) -> int:
     """Programs of a persistent grid: one a multiprocessor."""
     return _processors(device.index) if device.type == "cuda" else 3
-
-
-def chunks_per_program(chunks: int, blocks: int, device: torch.device) -> int:
-    """How many chunks one program of the token sums walks: about one program a multiprocessor.
-
-    Free of bits in exact mode (integers), and in fp32 mode a fixed function of the shape.
-    """
-    programs = _processors(device.index) if device.type == "cuda" else 2
-    return max(1, cdiv(chunks * blocks, programs))
 
 
 def padded_rank(rank: int) -> int:

@@ -97,7 +97,7 @@ def project_tile(arch: str, dtype: torch.dtype, rank: int) -> Tile:
 
 
 def token_sum_tile(arch: str, dtype: torch.dtype, rank: int, *, with_ds: bool) -> Tile:
-    """Tile of the token sums: bm tokens a step (a divisor of the 128-token chunk), bn features of the result."""
+    """Tile of the token sums: bm tokens a step (a divisor of the chunk of 64), bn features of the result."""
     if arch == "interpreter":
         return Tile(32, 32, warps=4, stages=1)
     if dtype == torch.float32:

@@ -9,9 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Tokens of one partial sum. Documents are aligned to this many tokens on CUDA, so a chunk never holds two documents.
-CHUNK = 128
-
 
 @triton.jit
 def grouped_tile(tile, num_m, num_n, GROUP: tl.constexpr):

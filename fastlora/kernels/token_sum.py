@@ -2,10 +2,10 @@
 
 The one kernel computes wide^T narrow for the projections of one input at once: for dB, wide is dY of all of them side by side and
 each block of its features meets its own projection's columns of S; for dA, wide is x and one pass serves the columns of dS of
-several projections. A program owns BF features and walks a run of 128-token chunks. Each chunk's partial [BF, R] is an fp32 sum of fixed order. In exact mode it is rounded to int64
-(2^-40 a unit, nearest even) and the integers are added in registers, then once by atomics: integer addition has no order, so
-grid, micro-batches and processes give the same bits (the idea: Demmel and Nguyen, "Parallel reproducible summation",
-IEEE TC 2015, here with one fixed bin). In fp32 mode the run's sum is stored and torch adds the runs.
+several projections. A program owns BF features and walks a run of chunks (kernels/chunks.py) in steps of 64 tokens. Each chunk's partial [BF, R] is an fp32
+sum of fixed order. In exact mode it is rounded to int64 (2^-40 a unit, nearest even) and the integers are added in registers, then
+once by atomics: integer addition has no order, so grid, micro-batches and processes give the same bits (the idea: Demmel and Nguyen,
+"Parallel reproducible summation", IEEE TC 2015, here with one fixed bin). In fp32 mode the run's sum is stored and torch adds the runs.
 
 Before each conversion the chunk is tested: a non-finite partial records the smallest chunk index, otherwise the largest |partial|
 is recorded; the optimiser refuses the step unless largest x chunks < 2^23, so that no integer sum can have wrapped.
@@ -20,19 +20,20 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels import launch
+from fastlora.kernels.chunks import LONGEST, UNIT, Chunks
 from fastlora.kernels.columns import MOST
-from fastlora.kernels.tile import CHUNK, keep_mask, to_fixed
+from fastlora.kernels.tile import keep_mask, to_fixed
 
 
-@triton.jit(do_not_specialize=["M", "chunks", "walk", "first_chunk", "seed0", "seed1", "seed2", "threshold"])
+@triton.jit(do_not_specialize=["M", "units", "runs", "first_chunk", "seed0", "seed1", "seed2", "threshold"])
 def token_sum_kernel(
-    p_wide, p_narrow, p_out, p_stats, p_b, p_ds, p_token,
-    M, chunks, walk, first_chunk: tl.int64, seed0: tl.int64, seed1: tl.int64, seed2: tl.int64, threshold: tl.int64, keep_scale,
+    p_wide, p_narrow, p_out, p_stats, p_b, p_ds, p_token, p_table,
+    M, units, runs, first_chunk: tl.int64, seed0: tl.int64, seed1: tl.int64, seed2: tl.int64, threshold: tl.int64, keep_scale,
     LD: tl.constexpr, LR: tl.constexpr, B_LD: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, PER: tl.constexpr, C: tl.constexpr,
     START0: tl.constexpr, START1: tl.constexpr, START2: tl.constexpr, F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr,
     OUT_F: tl.constexpr, OUT_R: tl.constexpr, OUT_SIZE: tl.constexpr,
     EXACT: tl.constexpr, WITH_DS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    CHUNK: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr,
+    UNIT: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr,
 ):
     """p_wide [M, LD]; p_narrow [M, LR]: projection p owns columns p R to p R + RANK.
 
@@ -40,8 +41,7 @@ def token_sum_kernel(
     columns: with PER = 1 that of the feature range (dB), or that of the grid's third axis (dA of one at a time).
     p_out element (feature, column c of projection p) at feature * OUT_F + (p RANK + c) * OUT_R, in dB at feature * OUT_F + c * OUT_R;
     p_stats int64 [projections, 4]; p_b element (feature, c) at feature * B_LD + p R + c; p_ds fp32 [blocks, M, R].
-    RANK <= R is the rank without padding."""
-    tl.static_assert(BF * C < 65536)  # two counts share one int32 below
+    p_table int32 [2, units + 2]: see :class:`fastlora.kernels.chunks.Chunks`. RANK <= R is the rank without padding."""
     i_run = tl.program_id(0)
     i_block = tl.program_id(1)
     in0: tl.constexpr = (F0 + BF - 1) // BF
@@ -73,18 +73,17 @@ def token_sum_kernel(
     if DROPOUT:
         seed = tl.where(i_p == 0, seed0, tl.where(i_p == 1, seed1, seed2))
     b_sum = tl.zeros((BF, C), dtype=tl.float32)
+    # a run starts where the next chunk does, so no chunk is shared by two programs
+    first = tl.load(p_table + i_run * units // runs)
+    last = tl.load(p_table + (i_run + 1) * units // runs)
+    following = tl.load(p_table + first + 1)
     if EXACT:
         b_total = tl.zeros((BF, C), dtype=tl.int64)
-        b_top = tl.zeros((C,), tl.int32)
-        b_counts = tl.zeros((C,), tl.int64)  # non-zero ones, and times 2^32 those that keep under 10 bits
-        b_broken = tl.full((C,), 4611686018427387904, tl.int64)  # 2^62: none
-    first = i_run * walk
-    last = tl.minimum(first + walk, chunks)
-    for i_chunk in range(first, last):
-        if EXACT:
-            b_sum = tl.zeros((BF, C), dtype=tl.float32)
-        for i_step in tl.static_range(0, CHUNK, BM):
-            o_m = (i_chunk * CHUNK + i_step + tl.arange(0, BM)).to(tl.int64)
+        b_top = tl.zeros((BF, C), dtype=tl.int32)
+        b_counts = tl.zeros((BF, C), dtype=tl.int32)
+    for i_unit in range(first, last):
+        for i_step in tl.static_range(0, UNIT, BM):
+            o_m = (i_unit * UNIT + i_step + tl.arange(0, BM)).to(tl.int64)
             m_m = o_m < M
             b_wide = tl.load(p_wide + o_m[:, None] * LD + o_f[None, :], mask=m_m[:, None] & m_f[None, :], other=0.0)
             b_narrow = tl.load(p_narrow + o_m[:, None] * LR + o_c[None, :], mask=m_m[:, None], other=0.0)
@@ -97,26 +96,38 @@ def token_sum_kernel(
                 b_wide = tl.where(b_keep, b_wide.to(tl.float32) * keep_scale, 0.0).to(b_wide.dtype)
             b_sum = tl.dot(tl.trans(b_wide), b_narrow, b_sum, input_precision=PRECISION)
         if EXACT:
-            # |partial| as its bit pattern: orders like the number, and anything non-finite lies at or above inf.
-            b_bits = b_sum.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-            b_peak = tl.max(b_bits, 0)
-            b_bad = b_peak >= 0x7F800000
-            b_broken = tl.where(b_bad, tl.minimum(b_broken, first_chunk + i_chunk), b_broken)
-            b_top = tl.maximum(b_top, tl.where(b_bad, 0, b_peak))
-            b_total += to_fixed(tl.where(b_bad[None, :], 0.0, b_sum))
-            # 0x30800000 = 2^-30: below it fewer than 10 bits of the partial are kept
-            b_count = tl.sum((b_bits > 0).to(tl.int32) + ((b_bits > 0) & (b_bits < 0x30800000)).to(tl.int32) * 65536, 0)
-            b_counts += (b_count & 0xFFFF).to(tl.int64) + ((b_count >> 16).to(tl.int64) << 32)
+            ends = following == i_unit + 1
+            following = tl.load(p_table + i_unit + 2)
+            if ends:
+                # |partial| as its bit pattern: orders like the number, and anything non-finite lies at or above inf
+                b_bits = b_sum.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+                b_top = tl.maximum(b_top, b_bits)
+                b_total += to_fixed(tl.where(b_bits < 0x7F800000, b_sum, 0.0))
+                # three counts of MOST_WALK at most: chunks before the first non-finite one, partials that are not 0, and of
+                # those the ones below 2^-30 (0x30800000), which keep under 10 bits
+                b_counts += (b_top < 0x7F800000).to(tl.int32)
+                b_counts += tl.where(b_bits > 0, tl.where(b_bits < 0x30800000, 1024 + 1048576, 1024), 0)
+                b_sum = tl.zeros((BF, C), dtype=tl.float32)
     if EXACT:
         tl.atomic_add(p_out + o_out, b_total, mask=m_out, sem="relaxed")
+        # nothing is reduced before the run's end: across features a reduction costs more than the chunk's product
+        first_here = tl.load(p_table + units + 2 + first)
+        walked = tl.load(p_table + units + 2 + last) - first_here
+        b_finite = b_counts & 1023
+        b_broken = tl.where(b_finite < walked, first_here + b_finite, 2147483647)
+        b_bad = b_top >= 0x7F800000
         for i_q in tl.static_range(PER):
-            m_q = o_c // R == i_q
+            m_q = m_out & (o_c // R == i_q)[None, :]
             p_q = p_stats + (i_p + i_q) * 4
-            counts = tl.sum(tl.where(m_q, b_counts, 0), 0)
-            tl.atomic_min(p_q, tl.min(tl.where(m_q, b_broken, 4611686018427387904), 0).to(tl.int64), sem="relaxed")
-            tl.atomic_max(p_q + 1, tl.max(tl.where(m_q, b_top, 0), 0).to(tl.int64), sem="relaxed")
-            tl.atomic_add(p_q + 2, (counts & 0xFFFFFFFF).to(tl.int64), sem="relaxed")
-            tl.atomic_add(p_q + 3, (counts >> 32).to(tl.int64), sem="relaxed")
+            broken = tl.min(tl.min(tl.where(m_q, b_broken, 2147483647), 0), 0)
+            none = tl.full((), 4611686018427387904, tl.int64)  # 2^62
+            tl.atomic_min(p_q, tl.where(broken < 2147483647, first_chunk + broken, none), sem="relaxed")
+            top = tl.max(tl.max(tl.where(m_q & (b_bad == 0), b_top, 0), 0), 0)
+            tl.atomic_max(p_q + 1, top.to(tl.int64), sem="relaxed")
+            b_partials = tl.sum(tl.where(m_q, (b_counts >> 10) & 1023, 0), 0)
+            tl.atomic_add(p_q + 2, tl.sum(b_partials.to(tl.int64), 0), sem="relaxed")
+            b_low = tl.sum(tl.where(m_q, b_counts >> 20, 0), 0)
+            tl.atomic_add(p_q + 3, tl.sum(b_low.to(tl.int64), 0), sem="relaxed")
     else:
         tl.store(p_out + i_run.to(tl.int64) * OUT_SIZE + o_out, b_sum, mask=m_out)
 
@@ -141,6 +152,19 @@ def reduce_ds_kernel(
     tl.store(p_ds + i_p * R + o_m[:, None] * LR + o_r[None, :], b_acc.to(p_ds.dtype.element_ty), mask=m_m)
 
 
+# Chunks one program walks at most: three counts of them share an int32.
+MOST_WALK = 1023
+
+
+def _runs(chunks: Chunks, blocks: int, device: torch.device) -> int:
+    """Into how many runs the chunks are cut: about two programs a multiprocessor.
+
+    Free of bits in exact mode (integers), and in fp32 mode a fixed function of the shape.
+    """
+    wanted = launch.cdiv(2 * launch.persistent_programs(device), blocks)
+    return max(min(wanted, chunks.count), launch.cdiv(chunks.units, MOST_WALK - LONGEST // UNIT))
+
+
 @dataclasses.dataclass(frozen=True)
 class Sink:
     """Where exact sums go: int64 ``total`` and ``stats`` [projections, 4] that hold the ``parts`` (TokenSum), one a projection."""
@@ -162,39 +186,39 @@ class Sink:
         return first
 
 
-def _launch_sum(wide, narrow, layout, tile, *, shape, sink, ranges, per, columns, feature_major, dropout=None, b=None, partial=None):
+def _launch_sum(
+    wide, narrow, layout, tile, chunks, *, shape, sink, ranges, per, columns, feature_major, dropout=None, b=None, partial=None
+):
     """The kernel's one call; the fp32 sum of ``shape``, or None with a sink."""
     rows = wide.shape[0]
-    chunks = launch.cdiv(rows, CHUNK)
     blocks = sum(launch.cdiv(width, tile.bn) for _, width in ranges)
-    walk = launch.chunks_per_program(chunks, blocks, wide.device)
-    runs = launch.cdiv(chunks, walk)
+    runs = _runs(chunks, blocks, wide.device)
     depth = layout.count if not feature_major and per == 1 else 1
     starts, widths = zip(*(*ranges, (0, 0), (0, 0))[:MOST])
     if sink is not None:
-        out, stats, first = sink.total, sink.stats, sink.count(chunks)
+        out, stats, first = sink.total, sink.stats, sink.count(chunks.count)
     else:
         out, stats, first = torch.empty(runs, *shape, device=wide.device, dtype=torch.float32), narrow, 0
     drop = launch.dropout_arguments(dropout, wide)
     launch.run(
         token_sum_kernel, (runs, blocks, depth), tile,
-        wide, narrow, out, stats, narrow if b is None else b, narrow if partial is None else partial, drop.tokens,
-        rows, chunks, walk, first, *drop.seeds, drop.threshold, drop.keep_scale,
+        wide, narrow, out, stats, narrow if b is None else b, narrow if partial is None else partial, drop.tokens, chunks.table,
+        rows, chunks.units, runs, first, *drop.seeds, drop.threshold, drop.keep_scale,
         LD=wide.shape[1], LR=narrow.shape[1], B_LD=layout.columns, R=layout.padded, RANK=layout.rank, PER=per, C=columns,
         START0=starts[0], START1=starts[1], START2=starts[2], F0=widths[0], F1=widths[1], F2=widths[2],
         OUT_F=layout.rank if feature_major else 1, OUT_R=1 if feature_major else wide.shape[1], OUT_SIZE=shape[0] * shape[1],
         EXACT=sink is not None, WITH_DS=partial is not None, DROPOUT=drop.active,
-        PRECISION="ieee" if wide.dtype == torch.float32 else "tf32", CHUNK=CHUNK, BM=tile.bm, BF=tile.bn,
+        PRECISION="ieee" if wide.dtype == torch.float32 else "tf32", UNIT=UNIT, BM=tile.bm, BF=tile.bn,
     )  # fmt: skip
     return None if sink is not None else out.sum(0)
 
 
-def sum_b(dy, s, layout, *, sink=None, b=None):
+def sum_b(dy, s, layout, chunks, *, sink=None, b=None):
     """dB = dY^T S for all projections in one pass over dY, and dS in the same pass when ``b`` is given.
 
     Args:
         dy: [M, N] contiguous, the projections' outputs side by side; s: [M, layout.columns]; one dtype.
-        layout: :class:`fastlora.kernels.columns.Columns`.
+        layout: :class:`fastlora.kernels.columns.Columns`; chunks: :class:`fastlora.kernels.chunks.Chunks` of the M rows.
         sink: None for fp32 sums, or :class:`Sink` of totals [N, layout.rank].
         b: [N, layout.columns] block-diagonal, or None.
 
@@ -211,7 +235,7 @@ def sum_b(dy, s, layout, *, sink=None, b=None):
     if b is not None:
         partial = torch.empty(sum(parts), rows, layout.padded, device=dy.device, dtype=torch.float32)
     db = _launch_sum(
-        dy, s, layout, tile, shape=shape, sink=sink, ranges=layout.ranges, per=1, columns=layout.padded, feature_major=True,
+        dy, s, layout, tile, chunks, shape=shape, sink=sink, ranges=layout.ranges, per=1, columns=layout.padded, feature_major=True,
         b=b, partial=partial,
     )  # fmt: skip
     if b is not None:
@@ -229,11 +253,11 @@ def sum_b(dy, s, layout, *, sink=None, b=None):
 MOST_COLUMNS = 64
 
 
-def sum_a(x, ds, layout, *, sink=None, dropout=None):
+def sum_a(x, ds, layout, chunks, *, sink=None, dropout=None):
     """dA = dS^T D(x) for all projections: one pass over x, or one a projection where ranks are high or dropout masks differ.
 
     Args:
-        x: [M, K] contiguous; ds: [M, layout.columns]; one dtype.
+        x: [M, K] contiguous; ds: [M, layout.columns]; one dtype. layout, chunks: as for :func:`sum_b`.
         sink: None for fp32 sums, or :class:`Sink` of totals [projections * layout.rank, K].
         dropout: None, or :class:`fastlora.kernels.launch.Dropout`.
 
@@ -247,6 +271,6 @@ def sum_a(x, ds, layout, *, sink=None, dropout=None):
     per, columns = (layout.count, layout.columns) if together else (1, layout.padded)
     tile = launch.token_sum_tile(launch.arch_of(x), x.dtype, columns, with_ds=False)
     return _launch_sum(
-        x, ds, layout, tile, shape=shape, sink=sink, ranges=((0, x.shape[1]),), per=per, columns=columns, feature_major=False,
+        x, ds, layout, tile, chunks, shape=shape, sink=sink, ranges=((0, x.shape[1]),), per=per, columns=columns, feature_major=False,
         dropout=dropout,
     )  # fmt: skip

@@ -19,6 +19,7 @@ import torch
 
 from fastlora.errors import TrainingError
 from fastlora.kernels.attention import attention_backward, attention_forward
+from fastlora.kernels.chunks import Chunks
 from fastlora.kernels.glu import glu_backward, glu_forward
 from fastlora.kernels.rms_norm import norm_backward, norm_forward
 from fastlora.kernels.rope import head_norm_rotate, head_norm_rotate_backward, rotate
@@ -80,10 +81,11 @@ class Plan:
 
 @dataclasses.dataclass
 class Place:
-    """Where a call takes place: the stream, document edges (int32 [2, T / 64]), and RoPE's cos and sin [T, rotary]."""
+    """Where a call takes place: the stream, document edges (int32 [2, T / 64]), chunks of the token sums, RoPE's cos and sin [T, rotary]."""
 
     stream: Stream
     edges: torch.Tensor
+    chunks: Chunks
     cos: torch.Tensor | None
     sin: torch.Tensor | None
 
@@ -167,26 +169,26 @@ def _scaled(plan: Plan, gradient: torch.Tensor) -> torch.Tensor:
     return gradient if plan.residual == 1.0 else gradient * plan.residual
 
 
-def _mlp_backward(plan: Plan, dout: torch.Tensor, drops, kept: _Saved) -> tuple[torch.Tensor, list]:
+def _mlp_backward(plan: Plan, dout: torch.Tensor, place: Place, drops, kept: _Saved) -> tuple[torch.Tensor, list]:
     """(gradient of h1, gradients of the parameters of gate_up and down)."""
     dz = _scaled(plan, dout)
     if plan.after_mlp is not None:
         norm = plan.after_mlp
         dz, _ = norm_backward(dz, kept.y2, kept.rstd_y2, norm.weight, norm.style)
-    dhidden, ds, db = plan.down.backward(dz, kept.s[3], drops[3])
+    dhidden, ds, db = plan.down.backward(dz, kept.s[3], drops[3], place.chunks)
     del dz
     dgate_up, hidden = glu_backward(dhidden, kept.gate_up, plan.activation, emit=True)
     kept.gate_up = None
-    of_down = plan.down.gradients(hidden, ds, db, drops[3])
+    of_down = plan.down.gradients(hidden, ds, db, drops[3], place.chunks)
     del hidden, dhidden
-    dx2, ds, db = plan.gate_up.backward(dgate_up, kept.s[2], drops[2])
+    dx2, ds, db = plan.gate_up.backward(dgate_up, kept.s[2], drops[2], place.chunks)
     del dgate_up
     norm, x2 = plan.before_mlp, kept.h1
     if norm is not None:
         dh1, x2 = norm_backward(dx2, kept.h1, kept.rstd2, norm.weight, norm.style, residual=dout, emit=True)
     else:
         dh1 = dout + dx2
-    return dh1, plan.gate_up.gradients(x2, ds, db, drops[2]) + of_down
+    return dh1, plan.gate_up.gradients(x2, ds, db, drops[2], place.chunks) + of_down
 
 
 def _attention_backward(plan: Plan, dh1: torch.Tensor, place: Place, drops, kept: _Saved, needs_dh: bool):
@@ -195,8 +197,8 @@ def _attention_backward(plan: Plan, dh1: torch.Tensor, place: Place, drops, kept
     if plan.after_attention is not None:
         norm = plan.after_attention
         dy, _ = norm_backward(dy, kept.y, kept.rstd_y, norm.weight, norm.style)
-    do, ds, db = plan.o.backward(dy, kept.s[1], drops[1])
-    of_o = plan.o.gradients(kept.o, ds, db, drops[1])
+    do, ds, db = plan.o.backward(dy, kept.s[1], drops[1], place.chunks)
+    of_o = plan.o.gradients(kept.o, ds, db, drops[1], place.chunks)
     v_of = kept.qkv if kept.raw is None else kept.raw
     q, k, v = _split(plan, kept.qkv, v_of)
     rows, n, m, d = dh1.shape[0], plan.heads, plan.key_heads, plan.head_dim
@@ -211,7 +213,7 @@ def _attention_backward(plan: Plan, dh1: torch.Tensor, place: Place, drops, kept
         head_norm_rotate_backward(dqkv, kept.raw, kept.rstd, q_norm.weight, k_norm.weight, q_norm.style, cos, sin, n, m, d)
     elif plan.rope:
         rotate(dqkv, cos, sin, n + m, d, inverse=True)
-    dx, ds, db = plan.qkv.backward(dqkv, kept.s[0], drops[0], needs_dx=needs_dh)
+    dx, ds, db = plan.qkv.backward(dqkv, kept.s[0], drops[0], place.chunks, needs_dx=needs_dh)
     norm, x, dh = plan.before_attention, kept.h, None
     if norm is None:
         dh = dh1 + dx if needs_dh else None
@@ -219,7 +221,7 @@ def _attention_backward(plan: Plan, dh1: torch.Tensor, place: Place, drops, kept
         dh, x = norm_backward(dx, kept.h, kept.rstd1, norm.weight, norm.style, residual=dh1, emit=True)
     elif plan.qkv.adapted:
         x, _, _ = norm_forward(kept.h, norm.weight, norm.eps, norm.style)
-    return dh, plan.qkv.gradients(x, ds, db, drops[0]) + of_o
+    return dh, plan.qkv.gradients(x, ds, db, drops[0], place.chunks) + of_o
 
 
 class _DecoderLayer(torch.autograd.Function):
@@ -245,7 +247,7 @@ class _DecoderLayer(torch.autograd.Function):
         if plan.checkpoint:
             _, kept = _forward(plan, kept.h, place, ctx.drops)
         dout = dout.contiguous()
-        dh1, of_mlp = _mlp_backward(plan, dout, ctx.drops, kept)
+        dh1, of_mlp = _mlp_backward(plan, dout, place, ctx.drops, kept)
         dh, of_attention = _attention_backward(plan, dh1, place, ctx.drops, kept, ctx.needs_input_grad[0])
         return dh, None, None, *of_attention, *of_mlp
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fastlora.errors import InputError
+from fastlora.kernels.chunks import Chunks
 from fastlora.kernels.columns import Columns
 from fastlora.kernels.gemm import gemm
 from fastlora.kernels.launch import Dropout
@@ -182,23 +183,27 @@ class Projections:
         s = project(x, self.a, self.layout, dropout)
         return gemm(x, self.weight, s, self.b, self.bias, transposed=True), s
 
-    def backward(self, dy: torch.Tensor, s: torch.Tensor | None, dropout: Dropout | None, needs_dx: bool = True):
+    def backward(
+        self, dy: torch.Tensor, s: torch.Tensor | None, dropout: Dropout | None, chunks: Chunks, needs_dx: bool = True
+    ):
         """dy [M, N] -> (dx [M, K] or None, ds, db): ds goes to :meth:`gradient_a`, db to :meth:`gradients`."""
         if not self.adapted:
             return (gemm(dy, self.weight, transposed=False) if needs_dx else None), None, None
         sinks = self.sinks()
-        db, ds = low_rank_gradients(dy, s, self.b, self.layout, None if sinks is None else sinks[1])
+        db, ds = low_rank_gradients(dy, s, self.b, self.layout, chunks, None if sinks is None else sinks[1])
         if not needs_dx:
             return None, ds, db
         dx = gemm(dy, self.weight, ds, self.a, transposed=False, dropout=dropout, columns=self.layout.padded)
         return dx, ds, db
 
-    def gradients(self, x: torch.Tensor, ds: torch.Tensor | None, db: torch.Tensor | None, dropout: Dropout | None) -> list:
+    def gradients(
+        self, x: torch.Tensor, ds: torch.Tensor | None, db: torch.Tensor | None, dropout: Dropout | None, chunks: Chunks
+    ) -> list:
         """Gradients of :attr:`parameters`: None each in exact mode, where dA is added to the sums now."""
         if not self.adapted:
             return []
         sinks = self.sinks()
-        da = sum_a(x, ds, self.layout, sink=None if sinks is None else sinks[0], dropout=dropout)
+        da = sum_a(x, ds, self.layout, chunks, sink=None if sinks is None else sinks[0], dropout=dropout)
         if sinks is not None:
             return [None] * (2 * len(self.adapted))
         found = []

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from fastlora import stream
+from fastlora.kernels.chunks import Chunks, chunks_of
 from fastlora.kernels.columns import single
 from fastlora.kernels.gemm import gemm
 from fastlora.kernels.launch import Dropout, padded_rank
@@ -67,18 +69,26 @@ def backward_triton(
     b_padded = padded_b(b, x.dtype)
     drop = _dropout(dropout, key)
     layout = single(rank, dy.shape[1], scale)
-    db, ds = low_rank_gradients(dy, s, b_padded, layout, None if sums_b is None else Sink.of(sums_b))
+    chunks = chunks_here(dy)
+    db, ds = low_rank_gradients(dy, s, b_padded, layout, chunks, None if sums_b is None else Sink.of(sums_b))
     dx = gemm(dy, weight, ds, padded_a(a, x.dtype), transposed=False, dropout=drop) if needs_dx else None
-    da = sum_a(x, ds, layout, sink=None if sums_a is None else Sink.of(sums_a), dropout=drop)
+    da = sum_a(x, ds, layout, chunks, sink=None if sums_a is None else Sink.of(sums_a), dropout=drop)
     return dx, da, db
 
 
-def low_rank_gradients(dy, s, b, layout, sink):
+def chunks_here(rows: torch.Tensor) -> Chunks:
+    """Chunks of the token sums: those of the active stream if the tensor's rows are its tokens, else fixed ones."""
+    current = stream.active()
+    spans = current.spans if current is not None and current.total == rows.shape[0] else None
+    return chunks_of(rows.shape[0], spans, rows.device)
+
+
+def low_rank_gradients(dy, s, b, layout, chunks, sink):
     """(dB or None with a sink, dS): one pass over dY up to the rank where partials of dS cost more than a second one."""
     if layout.padded <= DS_IN_TOKEN_SUM_MAX_RANK:
-        return sum_b(dy, s, layout, sink=sink, b=b)
+        return sum_b(dy, s, layout, chunks, sink=sink, b=b)
     ds = project(dy, b, layout, transposed=True)
-    return sum_b(dy, s, layout, sink=sink)[0], ds
+    return sum_b(dy, s, layout, chunks, sink=sink)[0], ds
 
 
 def frozen_forward(x, weight, bias=None):

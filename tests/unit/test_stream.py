@@ -94,4 +94,4 @@ def test_tiles_without_a_matching_stream_are_fixed_blocks():
 
 
 def test_alignment_for_devices():
-    assert (stream.alignment_for("cpu"), stream.alignment_for("cuda")) == (16, 128)
+    assert (stream.alignment_for("cpu"), stream.alignment_for("cuda")) == (16, 64)
