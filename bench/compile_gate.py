@@ -163,7 +163,7 @@ def compile_case(case: Case):
         (names.index(name),): [["tt.divisibility", 16]] for name, kind in signature.items() if kind.startswith("*")
     }
     source = ASTSource(kernel, full, {(names.index(k),): v for k, v in constants.items()}, attributes)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": tile.fusion}
     compiled = triton.compile(source, target=_target(case.arch), options=options)
     return compiled, _report(compiled, case.arch)
 

@@ -46,7 +46,21 @@ _hooks: list = []
 
 def lora_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(path, module) of every LoRA linear of ``model``, recognised by its ``lora_A`` and ``sums``."""
-    return [(n, m) for n, m in model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "sums")]
+    found: list[tuple[str, nn.Module]] = []
+    _collect(model, "", found, set())
+    return found
+
+
+def _collect(module: nn.Module, path: str, found: list[tuple[str, nn.Module]], seen: set[nn.Module]) -> None:
+    """What ``named_modules`` would find, in its order, in a fraction of its time: a step asks several times."""
+    if module in seen:
+        return
+    seen.add(module)
+    if "lora_A" in module._modules and hasattr(module, "sums"):
+        found.append((path, module))
+    for name, child in module._modules.items():
+        if child is not None:
+            _collect(child, f"{path}.{name}" if path else name, found, seen)
 
 
 def discard(model: nn.Module) -> None:

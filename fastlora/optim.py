@@ -7,7 +7,8 @@
 (Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization.) m, v and p are each rounded once, to
 fp32, at the end: a decay of lr x 0.01 = 2e-6 keeps its digits, which 1 - 2e-6 in fp32 does not. Everything
 is done over fixed blocks, on the CPU each on one thread, and the norm is their correctly rounded sum
-(math.fsum), so no bit depends on the number of threads.
+(math.fsum), so no bit depends on the number of threads. On a GPU the same operations run in two launches
+(ops/adamw_triton.py), with the same bits.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from torch import nn
 from fastlora import blocks
 from fastlora.errors import InputError, TrainingError
 from fastlora.exact import lora_modules, release
+from fastlora.ops import backend
 from fastlora.token_sum import TokenSum, check_all, units_to_gradient
 
 # Elements worked on at once: what stays in a core's cache; on a GPU what makes launches few.
 BLOCK = {"cpu": 2**15}
 BLOCK_ELSEWHERE = 2**22
 NORM_ROW = 2**12  # squares summed on the device before math.fsum takes over
+NORM_BLOCKS = 64  # of a kernel's blocks
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class AdamW(torch.optim.Optimizer):
         self.gradient_scale = float(gradient_scale)
         self._model = model
         self._underflow: dict[str, list[int]] = {}
+        self._tables: dict[tuple, object] = {}
 
     @torch.no_grad()
     def step(
@@ -210,8 +214,9 @@ class AdamW(torch.optim.Optimizer):
 
     def _apply(self, entries: list[_Entry], sums: list[tuple[str, TokenSum]], divisor: float) -> StepReport:
         # All that can be launched is launched before the first wait, so that a GPU still at the backward has its next work.
-        buckets = list(_buckets(entries))
-        squares = _squares(buckets, divisor)
+        by_kernel, others = self._by_path(entries)
+        buckets = list(_buckets(others))
+        squares = _squares(buckets, divisor) + [_rows(table.squares(divisor)) for table, _ in by_kernel]
         self._check(sums)
         norm = _norm(squares)
         if not math.isfinite(norm):
@@ -222,7 +227,36 @@ class AdamW(torch.optim.Optimizer):
         for entry in entries:
             entry.state["step"] += 1
         _each(lambda bucket: _update(bucket, divisor, factor), buckets)
+        for table, entry in by_kernel:
+            table.update(_scalars(entry, divisor, factor))
         return StepReport(norm, clipped)
+
+    def _by_path(self, entries: list[_Entry]) -> tuple[list[tuple[object, _Entry]], list[_Entry]]:
+        """([(parameters of one launch, one of their entries)], entries for torch's operations)."""
+        groups: dict[tuple, list[_Entry]] = {}
+        others = []
+        for entry in entries:
+            if entry.p.numel() and backend.pick(entry.p) == "triton":
+                kind = (entry.p.device, id(entry.group), entry.state["step"], entry.raw.dtype)
+                groups.setdefault(kind, []).append(entry)
+            else:
+                others.append(entry)
+        if not groups:
+            return [], others
+        from fastlora.ops.adamw_triton import Flat, Parameters, addresses
+
+        made, tables = [], {}
+        for kind, members in groups.items():
+            flats = [Flat(e.raw, e.p, e.m, e.v) for e in members]
+            # the step's number is no part of the table
+            key = (kind[0], kind[1], kind[3])
+            table = self._tables.get(key)
+            if table is None or table.addresses != addresses(flats):
+                table = Parameters(flats)
+            tables[key] = table
+            made.append((table, members[0]))
+        self._tables = tables
+        return made, others
 
 
 def _within(name: str, value: object, ok: bool, allowed: str) -> None:
@@ -292,10 +326,27 @@ def _squares(buckets: list[list[_Piece]], divisor: float) -> list[torch.Tensor]:
     return [torch.cat(parts) for parts in by_device.values()]
 
 
+def _rows(squares: torch.Tensor) -> torch.Tensor:
+    """Fewer sums of squares: those of fixed runs of blocks, added on the device."""
+    return nn.functional.pad(squares, (0, -squares.numel() % NORM_BLOCKS)).view(-1, NORM_BLOCKS).sum(1)
+
+
 def _norm(squares: list[torch.Tensor]) -> float:
     """The global L2 norm. Waits for the devices."""
     # fsum raises on inf - inf only; a NaN or infinity among the rows passes through to the caller.
     return math.sqrt(math.fsum(x for part in squares for x in part.tolist()))
+
+
+def _scalars(entry: _Entry, divisor: float, factor: float):
+    """What the kernel is told about a step, each number rounded to float64 where :func:`_update` rounds it."""
+    from fastlora.ops.adamw_triton import Scalars
+
+    group, t = entry.group, entry.state["step"]
+    lr, decay, eps = (float(group[k]) for k in ("lr", "weight_decay", "eps"))
+    beta1, beta2 = (float(b) for b in group["betas"])
+    return Scalars(
+        divisor, factor, beta1, 1 - beta1, beta2, 1 - beta2, 1 - beta1**t, 1 - beta2**t, eps, 1 - lr * decay, lr,
+    )
 
 
 _STORED = (attrgetter("p"), attrgetter("m"), attrgetter("v"))

@@ -16,6 +16,7 @@ import torch
 
 from fastlora.data import IGNORED, Row
 from fastlora.errors import InputError
+from fastlora.ops.linear_cross_entropy import Supervised, supervised
 from fastlora.stream import Stream, splitmix64
 
 # A valid id of every vocabulary. Padding is never supervised and comes after the row in causal
@@ -34,6 +35,7 @@ class MicroBatch:
         stream: where the documents lie.
         supervised: labels that are not -100.
         lines: line number of each document in its file.
+        chosen: the supervised rows, on the tensors' device.
     """
 
     input_ids: torch.Tensor
@@ -42,6 +44,7 @@ class MicroBatch:
     stream: Stream
     supervised: int
     lines: tuple[int, ...]
+    chosen: Supervised
 
 
 def epoch_order(n: int, seed: int, epoch: int, shuffle: bool = True) -> list[int]:
@@ -146,11 +149,14 @@ def collate(
         ids[start : start + len(row)] = row.input_ids
         # Token t predicts token t + 1 of its own document; the last one predicts nothing.
         labels[start : start + len(row) - 1] = row.labels[1:]
+    # Found here, where labels are on the host: finding them on a GPU would wait for it in the middle of a step.
+    chosen = supervised(torch.from_numpy(labels), stream.spans)
     return MicroBatch(
         input_ids=torch.from_numpy(ids).to(device)[None],
         position_ids=stream.positions(device)[None],
         labels=torch.from_numpy(labels).to(device),
         stream=stream,
-        supervised=int((labels != IGNORED).sum()),
+        supervised=sum(chosen.counts),
+        chosen=chosen.to(device),
         lines=tuple(row.line for row in rows),
     )

@@ -261,7 +261,7 @@ class Objective:
         total, supervised = linear_cross_entropy(
             hidden[0], self.head.weight, batch.labels, softcap=self.head.softcap,
             logit_scale=self.head.logit_scale, label_smoothing=self.label_smoothing, z_loss=self.z_loss,
-            record=record,
+            record=record, chosen=batch.chosen,
         )
         return BatchLoss(total, record.documents, supervised)
 

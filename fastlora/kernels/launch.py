@@ -139,7 +139,7 @@ def run(kernel, grid: tuple[int, ...], tile: Tile, *arguments, **constants) -> N
         compiled, ordered = known
         _start(compiled, grid + (1,) * (3 - len(grid)), index, arguments, ordered)
         return
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": tile.fusion}
     if not tensor.is_cuda:
         kernel[grid](*arguments, **constants, **options)
         return

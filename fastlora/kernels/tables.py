@@ -14,7 +14,10 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Launch parameters of one kernel: block sizes (rows, columns, reduction depth), warps, pipeline stages."""
+    """Launch parameters of one kernel: block sizes (rows, columns, reduction depth), warps, pipeline stages.
+
+    ``fusion``: whether the compiler may join a product and a sum into one rounding.
+    """
 
     bm: int
     bn: int = 0
@@ -24,6 +27,7 @@ class Tile:
     group: int = 8
     halves: bool = False
     flatten: bool = False
+    fusion: bool = True
 
 
 # Shared memory one block may use, in bytes (NVIDIA CUDA C++ programming guide, table of compute capabilities; AMD CDNA3 ISA).
@@ -153,3 +157,7 @@ def attention_tile(arch: str, dtype: torch.dtype, head: int, *, walk: str) -> Ti
     warps = 4 if head <= 64 and arch != "sm_120" or narrow else 8
     rows, columns = (ATTENTION_BLOCK, step) if walk == "keys" else (step, ATTENTION_BLOCK)
     return Tile(rows, columns, warps=warps, stages=stages)
+
+
+# Elements of one program of the optimiser; each of its float64 operations is rounded by itself, as torch rounds them.
+ADAMW_TILE = Tile(2048, warps=8, stages=1, fusion=False)

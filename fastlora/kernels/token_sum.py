@@ -121,13 +121,14 @@ def token_sum_kernel(
             p_q = p_stats + (i_p + i_q) * 4
             broken = tl.min(tl.min(tl.where(m_q, b_broken, 2147483647), 0), 0)
             none = tl.full((), 4611686018427387904, tl.int64)  # 2^62
-            tl.atomic_min(p_q, tl.where(broken < 2147483647, first_chunk + broken, none), sem="relaxed")
+            number = tl.where(broken < 2147483647, first_chunk + broken, none)
+            tl.atomic_min(p_q, number.to(tl.int64), sem="relaxed")
             top = tl.max(tl.max(tl.where(m_q & (b_bad == 0), b_top, 0), 0), 0)
             tl.atomic_max(p_q + 1, top.to(tl.int64), sem="relaxed")
-            b_partials = tl.sum(tl.where(m_q, (b_counts >> 10) & 1023, 0), 0)
-            tl.atomic_add(p_q + 2, tl.sum(b_partials.to(tl.int64), 0), sem="relaxed")
-            b_low = tl.sum(tl.where(m_q, b_counts >> 20, 0), 0)
-            tl.atomic_add(p_q + 3, tl.sum(b_low.to(tl.int64), 0), sem="relaxed")
+            partials = tl.sum(tl.sum(tl.where(m_q, (b_counts >> 10) & 1023, 0), 0).to(tl.int64), 0)
+            low = tl.sum(tl.sum(tl.where(m_q, b_counts >> 20, 0), 0).to(tl.int64), 0)
+            tl.atomic_add(p_q + 2, partials.to(tl.int64), sem="relaxed")
+            tl.atomic_add(p_q + 3, low.to(tl.int64), sem="relaxed")
     else:
         tl.store(p_out + i_run.to(tl.int64) * OUT_SIZE + o_out, b_sum, mask=m_out)
 

@@ -49,21 +49,62 @@ class Terms(NamedTuple):
     z_loss: float = 0.0
 
 
+class Supervised(NamedTuple):
+    """The supervised rows of a batch, found once.
+
+    Attributes:
+        rows: int64 [n], where they are. labels: int64 [n], the token each predicts. owner: int64 [n], the number of its document.
+        counts: supervised rows of each document. smallest, largest: of the labels; 0 and -1 without one.
+    """
+
+    rows: torch.Tensor
+    labels: torch.Tensor
+    owner: torch.Tensor
+    counts: tuple[int, ...]
+    smallest: int
+    largest: int
+
+    def to(self, device: torch.device | str) -> Supervised:
+        """The same on another device."""
+        return self._replace(rows=self.rows.to(device), labels=self.labels.to(device), owner=self.owner.to(device))
+
+
+def supervised(labels: torch.Tensor, spans: tuple[tuple[int, int], ...]) -> Supervised:
+    """The rows whose label counts. Reads ``labels`` on the host: give it the ones that are there, or it waits for the device.
+
+    Args:
+        labels: integers [M], already shifted; -100 is ignored.
+        spans: (start, stop) of each document.
+    """
+    rows = torch.nonzero(labels != IGNORED).flatten()
+    chosen = labels.index_select(0, rows).long()
+    ends = torch.tensor([stop for _, stop in spans], device=rows.device)
+    owner = torch.bucketize(rows, ends, right=True)
+    counts = torch.bincount(owner, minlength=len(spans)).tolist()
+    smallest, largest = torch.stack(chosen.aminmax()).tolist() if chosen.numel() else (0, -1)
+    return Supervised(rows, chosen, owner, tuple(counts), smallest, largest)
+
+
 @dataclass
 class LossRecord:
     """What a loss was made of, for logs and for naming a sequence whose loss is not finite.
 
     Attributes:
-        units: the exact sum in units of 2^-40, an integer: add these over micro-batches. Rows whose
+        total: int64 scalar, the exact sum in units of 2^-40: add these over micro-batches. Rows whose
             loss is not finite count 0.
         documents: float64 [documents]: the loss sum of each document of the stream, NaN where a row
             of it is not finite. Without a stream the whole batch is one document.
         supervised: supervised tokens of each document.
     """
 
-    units: int = 0
+    total: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
     documents: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     supervised: tuple[int, ...] = ()
+
+    @property
+    def units(self) -> int:
+        """:attr:`total` on the host."""
+        return int(self.total)
 
     @property
     def not_finite(self) -> list[int]:
@@ -78,7 +119,7 @@ def _spans(rows: int) -> tuple[tuple[int, int], ...]:
     return ((0, rows),)
 
 
-def _cut(counts: list[int], device: str) -> list[tuple[int, int]]:
+def _cut(counts: tuple[int, ...], device: str) -> list[tuple[int, int]]:
     """Tiles over the gathered rows; on CPU none crosses a document."""
     step = TILE_ROWS.get(device, TILE_ROWS["cuda"])
     tiles, start = [], 0
@@ -214,6 +255,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     record: LossRecord | None = None,
+    chosen: Supervised | None = None,
 ) -> tuple[torch.Tensor, int]:
     """The summed cross-entropy of ``hidden @ weight.T`` over supervised rows, with label smoothing
     and z-loss if asked for.
@@ -229,6 +271,7 @@ def linear_cross_entropy(
         z_loss: k: every supervised row adds k (log sum exp of its logits)^2; 0 or more. Smoothing and
             z-loss see the logits after soft-cap and scale, as the softmax does.
         record: filled with the exact sum and each document's share.
+        chosen: what :func:`supervised` found in these labels, if that is known already.
 
     Returns:
         (float64 scalar, the SUM of the losses with a gradient to ``hidden``; supervised rows).
@@ -240,21 +283,19 @@ def linear_cross_entropy(
     """
     terms = Terms(softcap, logit_scale, label_smoothing, z_loss)
     _check(hidden, weight, labels, terms)
-    rows = torch.nonzero(labels != IGNORED).flatten()
-    chosen = labels.index_select(0, rows).long()
-    if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < weight.shape[0]:
+    spans = _spans(hidden.shape[0])
+    if chosen is None:
+        chosen = supervised(labels, spans)
+    rows, owner, counts = chosen.rows, chosen.owner, chosen.counts
+    if not 0 <= chosen.smallest <= chosen.largest + 1 <= weight.shape[0]:
         raise InputError(
-            f"labels hold {int(chosen.min())} to {int(chosen.max())}; "
+            f"labels hold {chosen.smallest} to {chosen.largest}; "
             f"allowed are {IGNORED} and 0 to {weight.shape[0] - 1}"
         )
-    spans = _spans(hidden.shape[0])
-    ends = torch.tensor([stop for _, stop in spans], device=rows.device)
-    owner = torch.bucketize(rows, ends, right=True)
-    counts = torch.bincount(owner, minlength=len(spans)).tolist()
     losses = torch.empty(rows.shape[0], dtype=torch.float32, device=hidden.device)
     tiles = _cut(counts, hidden.device.type)
     carrier = _LinearCrossEntropy.apply(
-        hidden, weight.detach(), rows, chosen, tiles, terms, losses
+        hidden, weight.detach(), rows, chosen.labels, tiles, terms, losses
     )
     finite = losses.isfinite()
     fixed = torch.where(finite, losses, 0.0).double().mul_(1.0 / LOSS_UNIT).round_().long()
@@ -264,7 +305,7 @@ def linear_cross_entropy(
     total = units.sum().double() * LOSS_UNIT
     total = torch.where(broken.any(), float("nan"), total)
     if record is not None:
-        record.units = int(units.sum())
+        record.total = units.sum()
         record.documents = torch.where(broken, float("nan"), units.double() * LOSS_UNIT)
-        record.supervised = tuple(counts)
+        record.supervised = counts
     return carrier + total, rows.shape[0]
