@@ -18,8 +18,7 @@ _POINTERS = {
 def build_arguments(case, element: str):
     """(kernel, tile, signature, constants) of an attention case."""
     head, kernel = case.outer, getattr(file, f"{case.operation}_kernel")
-    walk = "queries" if case.operation == "attention_dkv" else "keys"
-    tile = tables.attention_tile(case.arch, case.dtype, head, walk=walk)
+    tile = tables.attention_tile(case.arch, case.dtype, head, of=case.operation.removeprefix("attention_"))
     signature = dict.fromkeys(_POINTERS[case.operation], element)
     signature |= {"p_lse": "*fp32", "p_delta": "*fp32", "p_first": "*i32", "p_last": "*i32"}
     signature |= {"T": "i32", "scale": "fp32", "window": "i32", "softcap": "fp32"}

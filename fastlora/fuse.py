@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fastlora import stream
+from fastlora.errors import InputError
 from fastlora.families import Layout, family_of
 from fastlora.ops import attention, backend
 
@@ -77,9 +78,9 @@ class _FusedLayer:
 
     def _place(self, hidden: torch.Tensor, args: tuple, keywords: dict):
         """Where this call takes place; None where the layer's own forward must run."""
-        from fastlora.kernels.chunks import chunks_of
         from fastlora.ops.attention_triton import document_edges, fits
         from fastlora.ops.decoder_layer import Place
+        from fastlora.ops.triton_path import chunks_here
 
         current, plan = stream.active(), self._fastlora_plan
         if current is None or hidden.dim() != 3 or hidden.shape[0] != 1 or current.total != hidden.shape[1]:
@@ -101,8 +102,7 @@ class _FusedLayer:
         cos, sin = (None, None) if embeddings is None else (t.reshape(-1, t.shape[-1]) for t in embeddings)
         if plan.rope and (cos is None or cos.shape[0] != current.total):
             return None
-        device = hidden.device
-        return Place(current, document_edges(current.spans, device), chunks_of(current.total, current.spans, device), cos, sin)
+        return Place(current, document_edges(current.spans, hidden.device), chunks_here(hidden[0]), cos, sin)
 
 
 @functools.cache
@@ -125,9 +125,13 @@ def fuse(model: nn.Module, *, checkpoint_every: int = 0) -> Fused:
 
     Raises:
         ValueError: ``checkpoint_every`` below 0.
+        InputError: the model's layers are fused already; two plans would each keep sums that the other does not see.
     """
     if checkpoint_every < 0:
         raise ValueError(f"checkpoint_every = {checkpoint_every}: allowed is 0 or more")
+    again = next((path for path, layer in _layers(model) if isinstance(layer, _FusedLayer)), None)
+    if again is not None:
+        raise InputError(f"model: {again} is fused already; call undo() of what fused it (fuse or make_invariant) first")
     done, probed = Fused(), {}
     layout = family_of(model).layout
     for index, (path, layer) in enumerate(_layers(model)):

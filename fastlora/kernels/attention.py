@@ -139,7 +139,7 @@ def attention_forward_kernel(
     BD: tl.constexpr, BE: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head. p_first int32 [T / BQ]: where the block's document starts. p_lse fp32 [H, T], log2."""
-    i_q = tl.program_id(0)
+    i_q = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest walks first
     i_h = tl.program_id(1).to(tl.int64)
     o_q = i_q * BQ + tl.arange(0, BQ)
     first = tl.load(p_first + i_q)
@@ -189,7 +189,7 @@ def attention_dq_kernel(
     BD: tl.constexpr, BE: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """dQ of one block of queries: one walk over its document's keys."""
-    i_q = tl.program_id(0)
+    i_q = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest walks first
     i_h = tl.program_id(1).to(tl.int64)
     o_q = i_q * BQ + tl.arange(0, BQ)
     first = tl.load(p_first + i_q)
@@ -259,8 +259,8 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if good and tensor.data_ptr() % 16 == 0 else tensor.contiguous().clone()
 
 
-def _tile(q: torch.Tensor, v: torch.Tensor, walk: str):
-    return attention_tile(launch.arch_of(q), q.dtype, max(q.shape[2], v.shape[2]), walk=walk)
+def _tile(q: torch.Tensor, v: torch.Tensor, of: str):
+    return attention_tile(launch.arch_of(q), q.dtype, max(q.shape[2], v.shape[2]), of=of)
 
 
 def _strides(prefix: str, tensor: torch.Tensor) -> dict[str, int]:
@@ -292,7 +292,7 @@ def attention_forward(q, k, v, edges, scale, window=None, softcap=None):
     lse = torch.empty(heads, tokens, device=q.device, dtype=torch.float32)
     if tokens == 0:
         return out, lse
-    tile = _tile(q, v, "keys")
+    tile = _tile(q, v, "forward")
     constants, scalars = _rule(q, v, k, window, softcap)
     view = out.transpose(0, 1)
     launch.run(
@@ -315,7 +315,7 @@ def attention_backward(dout, q, k, v, out, lse, edges, scale, window=None, softc
     )
     if tokens == 0:
         return dq, dk, dv
-    tile = _tile(q, v, "keys")
+    tile = _tile(q, v, "dq")
     constants, scalars = _rule(q, v, k, window, softcap)
     delta = torch.empty_like(lse)
     launch.run(
@@ -328,7 +328,7 @@ def attention_backward(dout, q, k, v, out, lse, edges, scale, window=None, softc
         q, k, v, dout, lse, delta, dq, edges[0], tokens, float(scale), *scalars,
         **read, **_strides("DQ", dq), **constants, BQ=tile.bm, BK=tile.bn,
     )
-    tile = _tile(q, v, "queries")
+    tile = _tile(q, v, "dkv")
     launch.run(
         attention_dkv_kernel, (tokens // tile.bn, k.shape[0]), tile,
         q, k, v, dout, lse, delta, dk, dv, edges[1], tokens, float(scale), *scalars,

@@ -112,13 +112,17 @@ def token_sum_tile(arch: str, dtype: torch.dtype, rank: int, *, with_ds: bool) -
             return Tile(64, 64, warps=4, stages=2)
         if small:
             return Tile(64, 128 if rank <= 16 else 64, warps=4, stages=2)
-        return Tile(64, 256 if rank <= 16 and arch == "sm_90" else 128, warps=4 if rank <= 16 else 8, stages=3)
+        if arch == "sm_90":
+            return Tile(64, 256, warps=8, stages=3)
+        return Tile(64, 128, warps=4 if rank <= 16 else 8, stages=3)
+    if arch == "sm_90" and rank <= 128:
+        return Tile(64, 64, warps=4 if rank <= 64 else 8, stages=3)
     if rank <= 32:
-        return Tile(64, 64, warps=8 if arch == "sm_120" else 4, stages={"sm_90": 4, "sm_80": 3}.get(arch, 2))
+        return Tile(64, 64, warps=8 if arch == "sm_120" else 4, stages=3 if arch == "sm_80" else 2)
     if rank <= 64:
         # 64 columns of integers: where the matrix instruction leaves its result in registers, a narrower tile, or they spill
         narrow = {"sm_120": Tile(64, 16, warps=4, stages=2)} | dict.fromkeys(("sm_80", "sm_86", "sm_89"), Tile(64, 32, warps=8, stages=2))
-        return narrow.get(arch, Tile(64, 64, warps=8, stages=4 if arch == "sm_90" else 2))
+        return narrow.get(arch, Tile(64, 64, warps=8, stages=2))
     if rank <= 128:
         return Tile(64, 16, warps=8, stages=1) if arch == "gfx942" else Tile(64, 32, warps=8, stages=2)
     return Tile(32, 16, warps=8, stages=1) if arch == "gfx942" else Tile(64, 32, warps=8, stages=2)
@@ -132,7 +136,7 @@ def reduce_tile(rank: int) -> Tile:
 # Above this padded rank the partials of dS cost more traffic than a second pass over dY, so dS is a skinny product of its own.
 DS_IN_TOKEN_SUM_MAX_RANK = 32
 
-# Blocks of attention: documents start at multiples of it (fastlora.stream aligns them to 128 on CUDA).
+# Blocks of attention: documents start at multiples of it (fastlora.stream aligns them to it on CUDA).
 ATTENTION_BLOCK = 64
 
 
@@ -140,22 +144,25 @@ ATTENTION_BLOCK = 64
 ATTENTION_MAX_HEAD = {arch: 128 if arch == "gfx942" else 256 for arch in (*ARCHITECTURES, "interpreter")}
 
 
-def attention_tile(arch: str, dtype: torch.dtype, head: int, *, walk: str) -> Tile:
-    """Tile of attention: bm queries, bn keys. A program owns a block of 64 of one and walks the other ("keys" or "queries").
+def attention_tile(arch: str, dtype: torch.dtype, head: int, *, of: str) -> Tile:
+    """Tile of attention: bm queries, bn keys, of the "forward", "dq" or "dkv". A program owns a block of 64 of one (keys in dkv) and walks
+    the other.
 
     Wide heads walk in shorter steps, or the accumulators spill. A document is a multiple of 64, so every step ends with it.
     """
     small = arch != "interpreter" and SHARED_MEMORY[arch] < 128 * 1024
     step = 64 if head <= 64 or (head <= 128 and not small) else 32
-    if head > 128 and (small or arch == "sm_90" and walk == "keys"):
+    if head > 128 and (small or arch == "sm_90" and of != "dkv"):
         step = 16
-    if walk == "queries" and (arch, head) in (("sm_120", 64), ("gfx942", 128)):
+    if of == "dkv" and (arch, head) in (("sm_120", 64), ("gfx942", 128)):
         return Tile(16, ATTENTION_BLOCK, warps=4, stages=1)
     stages = 1 if dtype == torch.float32 or head > 128 or (small and head > 64) else 2
-    # sm_90, dK and dV, 128 wide: 4 warps spill 16 bytes and still take 1.16 ms where 8 warps take 1.89 (H100, 32 heads, 4 x 2048)
-    narrow = head <= 128 and (walk == "keys" or arch == "sm_90")
+    if arch == "sm_90" and of == "forward" and stages == 2:
+        stages = 3
+    # sm_90, dK and dV, 128 wide: 4 warps spill some bytes and are still the fastest (H200, 32 heads, 4 x 2048: 0.65 ms; without spills 0.71)
+    narrow = head <= 128 and (of != "dkv" or arch == "sm_90")
     warps = 4 if head <= 64 and arch != "sm_120" or narrow else 8
-    rows, columns = (ATTENTION_BLOCK, step) if walk == "keys" else (step, ATTENTION_BLOCK)
+    rows, columns = (step, ATTENTION_BLOCK) if of == "dkv" else (ATTENTION_BLOCK, step)
     return Tile(rows, columns, warps=warps, stages=stages)
 
 

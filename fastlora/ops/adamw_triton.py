@@ -66,6 +66,8 @@ class Parameters:
     def update(self, scalars: Scalars) -> None:
         """p, m and v after the step, in place."""
         self._launch(adamw_kernel, scalars)
+        # written through addresses, which autograd does not see; copies of A and B are made again when the version changes
+        torch.autograd.graph.increment_version([t for flat in self.flats for t in (flat.p, flat.m, flat.v)])
 
     def _launch(self, kernel, scalars: Scalars, *more: torch.Tensor) -> None:
         on_device = torch.tensor(scalars, dtype=torch.float64).to(self.device)

@@ -164,6 +164,8 @@ class Projections:
             return None
         if modes != {True}:
             raise InputError(f"{[m.path for m in self.adapted]}: some are in exact mode and others not; allowed: all or none")
+        if self._sinks is None:
+            raise InputError(f"{[m.path for m in self.adapted]}: exact sums were opened before these layers were fused")
         return self._sinks
 
     # The products --------------------------------------------------------------------------------------------

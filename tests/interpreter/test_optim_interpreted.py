@@ -50,8 +50,11 @@ def test_update_reads_integer_units_divided_once():
     units = torch.tensor([2**40 * 3, -(2**39), 1, 0, 2**62])
     p, m, v = torch.ones(5), torch.zeros(5), torch.zeros(5)
     parameters = Parameters([Flat(units, p, m, v)])
+    versions = [t._version for t in (p, m, v)]
     parameters.update(Scalars(3.0, beta1_rest=1.0, beta2_rest=1.0, eps=1.0))
     gradient = units_to_gradient(units, 3.0)
     assert torch.equal(m, gradient) and torch.equal(v, (gradient.double() ** 2).float())
     assert torch.equal(parameters.squares(3.0), (gradient.double() ** 2).sum()[None])
     assert torch.equal(p, torch.ones(5))
+    # 16-bit copies of A and B are made again when this number changes
+    assert all(t._version > before for t, before in zip((p, m, v), versions, strict=True))
