@@ -133,9 +133,12 @@ def build_arguments(case: Case):
     def blocks(rows, columns):
         return f"tensordesc<{_TYPE[case.dtype]}[{rows}, {columns}]>"
 
-    across = (lambda depth: blocks(tile.bn, depth)) if case.transposed else (lambda depth: blocks(depth, tile.bn))
-    signature = {"d_x": blocks(tile.bm, tile.bk), "d_w": across(tile.bk), "d_s": blocks(tile.bm, low), "d_b": across(low)}
-    signature |= {"p_bias": element, "d_y": blocks(tile.bm, tile.bn // 2 if tile.halves else tile.bn)}
+    def across(width, depth):
+        return blocks(width, depth) if case.transposed else blocks(depth, width)
+
+    store = gemm_file.stored_columns(tile, case.dropout)
+    signature = {"d_x": blocks(tile.bm, tile.bk), "d_w": across(tile.bn, tile.bk), "d_s": blocks(tile.bm, low)}
+    signature |= {"d_b": across(store if case.dropout else tile.bn, low), "p_bias": element, "d_y": blocks(tile.bm, store)}
     signature |= {"p_token": "*i64", "M": "i32"} | drop
     constants |= dict(PROGRAMS=132, HALVES=tile.halves, FLATTEN=tile.flatten)
     return gemm_file.gemm_tma_kernel, tile, signature, constants

@@ -102,24 +102,32 @@ def exact(model: nn.Module) -> Iterator[None]:
         release(modules)
         raise
     for m in modules:
-        m.exact = False
+        _switch(m, False)
         for s in m.sums:
             s.accepting, s.pending = False, True
 
 
+def _switch(module: nn.Module, on: bool) -> None:
+    # a plain value: nn.Module's own way of setting it, which looks for parameters first, takes ten times as long
+    object.__setattr__(module, "exact", on)
+
+
 def _open(module: nn.Module) -> None:
-    parameters = (module.lora_A.weight, module.lora_B.weight)
-    fits = module.sums is not None and all(
-        s.total.shape == p.shape and s.total.device == p.device for s, p in zip(module.sums, parameters)
-    )
     shared = getattr(module, "sums_from", None)
     if shared is not None:
-        module.sums = shared()
-    elif not fits:
-        module.sums = tuple(TokenSum(p.shape, p.device) for p in parameters)
+        sums = shared()
+        if module.sums is not sums:
+            module.sums = sums
+    else:
+        parameters = (module.lora_A.weight, module.lora_B.weight)
+        fits = module.sums is not None and all(
+            s.total.shape == p.shape and s.total.device == p.device for s, p in zip(module.sums, parameters)
+        )
+        if not fits:
+            module.sums = tuple(TokenSum(p.shape, p.device) for p in parameters)
     for s in module.sums:
         s.accepting, s.pending = True, False
-    module.exact = True
+    _switch(module, True)
 
 
 def _hold(modules: list[nn.Module]) -> None:
@@ -132,7 +140,7 @@ def _hold(modules: list[nn.Module]) -> None:
 def release(modules: list[nn.Module]) -> None:
     """Leave exact mode in these modules and zero their sums."""
     for m in modules:
-        m.exact = False
+        _switch(m, False)
         for s in m.sums or ():
             s.accepting = s.pending = False
         _held.discard(m)

@@ -11,6 +11,7 @@ chunks. The fixed-point sum is the classic reproducible accumulator (Demmel and 
 
 from __future__ import annotations
 
+import functools
 import struct
 import threading
 from collections.abc import Iterable
@@ -46,6 +47,7 @@ class TokenSum:
         self.chunks = 0
         self.accepting = True
         self.pending = False
+        self._used = False
         self._lock = threading.Lock()
 
     @classmethod
@@ -53,11 +55,12 @@ class TokenSum:
         """A sum that lives in given int64 tensors: ``total`` of the parameter's shape and ``stats`` [4], both zeroed here."""
         made = cls.__new__(cls)
         made.total, made.stats, made._lock = total, stats, threading.Lock()
-        made.chunks, made.accepting, made.pending = 0, True, False
+        made.chunks, made.accepting, made.pending, made._used = 0, True, False, True
         return made.zero_()
 
     def zero_(self) -> TokenSum:
         """Forget everything added; returns itself."""
+        self._used = True
         zero_all([self])
         return self
 
@@ -141,6 +144,7 @@ class TokenSum:
 
     def merge_(self, other: TokenSum) -> TokenSum:
         """Add another sum of the same shape (what an all-reduce does: SUM, MIN, MAX, SUM); returns itself."""
+        self._used = True
         with self._lock:
             self.total += other.total.to(self.total.device)
             theirs = other.stats.to(self.stats.device)
@@ -179,6 +183,7 @@ class TokenSum:
                 "a backward pass reached exact sums whose block has ended: "
                 "run forward and backward inside `with fastlora.exact(model):`"
             )
+        self._used = True
 
 
 def units_to_gradient(total: torch.Tensor, divisor: float) -> torch.Tensor:
@@ -191,14 +196,19 @@ def units_to_gradient(total: torch.Tensor, divisor: float) -> torch.Tensor:
 
 
 def zero_all(sums: list[TokenSum]) -> None:
-    """Zero many sums with a few launches."""
+    """Zero many sums with a few launches; those that nothing was added to are zero already."""
+    sums = [s for s in sums if s._used]
     if not sums:
         return
     torch._foreach_zero_([s.total for s in sums])
-    torch._foreach_zero_([s.stats for s in sums])
-    torch._foreach_add_([s.stats[:1] for s in sums], NO_CHUNK)
+    torch._foreach_copy_([s.stats for s in sums], [_empty_stats(s.stats.device) for s in sums])
     for s in sums:
-        s.chunks = 0
+        s.chunks, s._used = 0, False
+
+
+@functools.cache
+def _empty_stats(device: torch.device) -> torch.Tensor:
+    return torch.tensor([NO_CHUNK, 0, 0, 0], dtype=torch.int64, device=device)
 
 
 def read_stats(sums: list[TokenSum]) -> list[list[int]]:

@@ -44,6 +44,28 @@ def rank_product(d_s, d_b, b_acc, m0, n0, i_r, TRANSPOSED: tl.constexpr):
         return tl.dot(b_s, d_b.load([i_r, n0]), b_acc)
 
 
+@triton.jit
+def halves_of(b_acc, BM: tl.constexpr, BN: tl.constexpr):
+    """The left and the right half of the columns."""
+    return tl.split(tl.permute(tl.reshape(b_acc, (BM, 2, BN // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def add_dropped(
+    d_s, d_b, b_acc, p_token, m0, n0, M, seed0, seed1, seed2, threshold, keep_scale,
+    R: tl.constexpr, COUNT: tl.constexpr, BR: tl.constexpr, TRANSPOSED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """b_acc [BM, BN] plus D'(s b') of each projection, by descriptors."""
+    o_m = m0.to(tl.int64) + tl.arange(0, BM)
+    for i_p in range(COUNT):
+        b_low = tl.zeros((BM, BN), dtype=tl.float32)
+        for i_r in tl.static_range(0, R // COUNT, BR):
+            b_low = rank_product(d_s, d_b, b_low, m0, n0, i_p * (R // COUNT) + i_r, TRANSPOSED)
+        seed = tl.where(i_p == 0, seed0, tl.where(i_p == 1, seed1, seed2))
+        b_acc += low_rank_dropout(b_low, p_token, o_m, M, n0, seed, threshold, keep_scale, BM, BN)
+    return b_acc
+
+
 @triton.jit(do_not_specialize=["M", "seed0", "seed1", "seed2", "threshold"])
 def gemm_kernel(
     p_x, p_w, p_s, p_b, p_bias, p_y, p_token, M, seed0: tl.int64, seed1: tl.int64, seed2: tl.int64, threshold: tl.int64, keep_scale,
@@ -112,27 +134,36 @@ def gemm_tma_kernel(
                 b_acc = tl.dot(b_x, d_w.load([n0, i_k]).T, b_acc)
             else:
                 b_acc = tl.dot(b_x, d_w.load([i_k, n0]), b_acc)
-        if R > 0:
-            if DROPOUT:
-                for i_p in range(COUNT):
-                    b_low = tl.zeros((BM, BN), dtype=tl.float32)
-                    for i_r in tl.static_range(0, R // COUNT, BR):
-                        b_low = rank_product(d_s, d_b, b_low, m0, n0, i_p * (R // COUNT) + i_r, TRANSPOSED)
-                    o_m = m0.to(tl.int64) + tl.arange(0, BM)
-                    seed = tl.where(i_p == 0, seed0, tl.where(i_p == 1, seed1, seed2))
-                    b_acc += low_rank_dropout(b_low, p_token, o_m, M, n0, seed, threshold, keep_scale, BM, BN)
-            else:
-                for i_r in tl.static_range(0, R, BR):
-                    b_acc = rank_product(d_s, d_b, b_acc, m0, n0, i_r, TRANSPOSED)
+        if R > 0 and not DROPOUT:
+            for i_r in tl.static_range(0, R, BR):
+                b_acc = rank_product(d_s, d_b, b_acc, m0, n0, i_r, TRANSPOSED)
         if BIAS:
             o_n = n0 + tl.arange(0, BN)
             b_acc += tl.load(p_bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
-        if HALVES:
-            b_left, b_right = tl.split(tl.permute(tl.reshape(b_acc, (BM, 2, BN // 2)), (0, 2, 1)))
+        if DROPOUT and R > 0:
+            # a quarter at a time: beside the whole tile's sum there is no room for a product of its size
+            b_left, b_right = halves_of(b_acc, BM, BN)
+            b_0, b_1 = halves_of(b_left, BM, BN // 2)
+            b_2, b_3 = halves_of(b_right, BM, BN // 2)
+            for i_quarter in tl.static_range(4):
+                b_part = b_0 if i_quarter == 0 else b_1 if i_quarter == 1 else b_2 if i_quarter == 2 else b_3
+                n1 = n0 + i_quarter * (BN // 4)
+                b_part = add_dropped(
+                    d_s, d_b, b_part, p_token, m0, n1, M, seed0, seed1, seed2, threshold, keep_scale,
+                    R, COUNT, BR, TRANSPOSED, BM, BN // 4,
+                )
+                d_y.store([m0, n1], b_part.to(d_y.dtype))
+        elif HALVES:
+            b_left, b_right = halves_of(b_acc, BM, BN)
             d_y.store([m0, n0], b_left.to(d_y.dtype))
             d_y.store([m0, n0 + BN // 2], b_right.to(d_y.dtype))
         else:
             d_y.store([m0, n0], b_acc.to(d_y.dtype))
+
+
+def stored_columns(tile, dropout: bool) -> int:
+    """Columns in which the kernel by descriptors stores its tile, one part after the other."""
+    return tile.bn // 4 if dropout else tile.bn // 2 if tile.halves else tile.bn
 
 
 def gemm(x, weight, s=None, b=None, bias=None, *, transposed, dropout=None, columns=None):
@@ -175,14 +206,15 @@ def gemm(x, weight, s=None, b=None, bias=None, *, transposed, dropout=None, colu
             **common, LR=max(rank, 1), PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         )
         return out
-    describe = launch.descriptor
+    describe, store = launch.descriptor, stored_columns(tile, drop.active)
     d_x = describe(x, tile.bm, tile.bk)
     d_w = describe(weight, *((tile.bn, tile.bk) if transposed else (tile.bk, tile.bn)))
     d_s, d_b = d_x, d_w
     if rank:
         d_s = describe(s, tile.bm, low_rank)
-        d_b = describe(b, *((tile.bn, low_rank) if transposed else (low_rank, tile.bn)))
-    d_y = describe(out, tile.bm, tile.bn // 2 if tile.halves else tile.bn)
+        across = store if drop.active else tile.bn
+        d_b = describe(b, *((across, low_rank) if transposed else (low_rank, across)))
+    d_y = describe(out, tile.bm, store)
     programs = launch.persistent_programs(x.device)
     launch.run(
         gemm_tma_kernel, (min(programs, tiles),), tile,

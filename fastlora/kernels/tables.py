@@ -62,8 +62,8 @@ _GEMM_TMA = {
     # The flattened loop does not compile for sm_100 (Triton 3.9: TritonGPUHoistTMEMAlloc fails).
     "sm_100": Tile(128, 256, 64, warps=8, stages=3, halves=True),
 }
-# Dropout keeps two fp32 accumulators (base and rank-r product): half the columns, or registers spill.
-_GEMM_TMA_DROPOUT = Tile(128, 128, 64, warps=8, stages=3, flatten=False)
+# Dropout's epilogue masks the rank-r product of each quarter of the tile; flattened, the loop gains nothing from it.
+_GEMM_TMA_DROPOUT = Tile(128, 256, 64, warps=8, stages=3)
 _GEMM_DROPOUT_BN = 64
 # Rows that are no multiple of 16 bytes load element by element, with an address for each: a small tile, or registers spill.
 _GEMM_RAGGED = Tile(64, 64, 32, warps=4, stages=2)

@@ -51,6 +51,7 @@ class Projections:
         self._bias_of: tuple = ()
         self._seen: tuple = ()
         self._sinks: tuple[Sink, Sink] | None = None
+        self._parts: list[tuple[TokenSum, TokenSum]] = []
         self.layout: Columns | None = None
 
     def attach(self) -> None:
@@ -135,7 +136,8 @@ class Projections:
         device = self.modules[0].weight.device
         if self._sinks is None or self._sinks[0].total.device != device:
             self._sinks = self._make_sinks(device)
-        return tuple(sink.parts[place] for sink in self._sinks)
+            self._parts = list(zip(*(sink.parts for sink in self._sinks)))
+        return self._parts[place]
 
     def _make_sinks(self, device: torch.device) -> tuple[Sink, Sink]:
         ranks, count = [m.rank for m in self.adapted], len(self.adapted)
