@@ -1,85 +1,53 @@
-"""The whole promise on CPU: one MD5 of the adapter file for every way to cut each global batch."""
+"""One adapter for 24 ways of cutting ten global batches, on the CPU; at SmolLM2's width for 1, 2 and 4 threads."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import random
-
 import pytest
 import torch
-from tiny_run import train, write_rows
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fastlora.blocks import single_thread
+from tests import split_cases as cases
+from tests.models import tiny_model
 
-# Padded tokens: the longest row alone, about two, five, all rows of a batch in one forward.
-CUTS = (160, 192, 320, 4096)
-
-
-def md5(folder, name):
-    return hashlib.md5((folder / name / "adapter_model.safetensors").read_bytes()).hexdigest()
-
-
-def micro_batches(folder, name):
-    lines = (folder / name / "log.jsonl").read_text().splitlines()
-    return [len(json.loads(line)["micro_batches"]) for line in lines]
+LENGTHS = [5 + 11 * i % 57 for i in range(cases.ROWS * cases.STEPS)]
+ADAPTERS = {
+    "lora r8": dict(r=8),
+    "lora r8 dropout": dict(r=8, lora_dropout=0.1),
+    "rslora r64": dict(r=64, use_rslora=True),
+    "rslora r64 dropout": dict(r=64, use_rslora=True, lora_dropout=0.1),
+}
 
 
-def reordered(folder, batch=6):
-    """The same rows in another order inside each global batch."""
-    lines = write_rows(folder / "rows.jsonl").read_text().splitlines()
-    rng, paths = random.Random(1), []
-    for name in ("reversed", "drawn"):
-        out = []
-        for start in range(0, len(lines), batch):
-            part = lines[start : start + batch]
-            out += part[::-1] if name == "reversed" else rng.sample(part, len(part))
-        paths.append(folder / f"{name}.jsonl")
-        paths[-1].write_text("\n".join(out) + "\n")
-    return paths
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_train_gives_one_md5_for_every_cut_order_and_thread_count(tmp_path, dropout):
-    orders = reordered(tmp_path)
-    runs = [(f"cut-{cut}", {"micro_batch_tokens": cut}, 2) for cut in CUTS]
-    runs += [(path.stem, {"data": path, "micro_batch_tokens": 240}, 2) for path in orders]
-    runs += [("one-thread", {"micro_batch_tokens": 400}, 1), ("four-threads", {"micro_batch_tokens": 400}, 4)]
-    before, results = torch.get_num_threads(), {}
-    try:
-        for name, settings, threads in runs:
-            torch.set_num_threads(threads)
-            result, *_ = train(tmp_path, name, lora={"lora_dropout": dropout}, shuffle=False, **settings)
-            results[name] = result
-    finally:
-        torch.set_num_threads(before)
-    assert len({md5(tmp_path, name) for name in results}) == 1
-    assert len({result.digest for result in results.values()}) == 1
-    # The losses of the log are exact too.
-    assert len({tuple(result.losses) for result in results.values()}) == 1
-    cuts = {tuple(micro_batches(tmp_path, f"cut-{cut}")) for cut in CUTS}
-    assert len(cuts) == len(CUTS)
-    assert max(micro_batches(tmp_path, "cut-4096")) == 1
-    moved = results[f"cut-{CUTS[0]}"].report["tensors"]
-    assert moved and not any(row["equal"] for row in moved)
+def test_adamw_gives_one_adapter_for_24_splits_of_ten_steps():
+    assert len(set(cases.ALL)) == 24
+    torch.set_num_threads(1)
+    subject = cases.Subject(tiny_model(layers=1), **ADAPTERS["lora r8"])
+    rows = cases.random_rows(LENGTHS, 96)
+    cases.check(subject, rows, cases.ALL)
+    cases.check_control(subject, rows, cases.ALL[:6])
 
 
-def test_train_digest_depends_on_dropout_and_on_the_step(tmp_path):
-    plain, *_ = train(tmp_path, "plain")
-    dropped, *_ = train(tmp_path, "dropped", lora={"lora_dropout": 0.1})
-    assert plain.digest != dropped.digest
+def test_adamw_gives_one_adapter_for_every_split_whatever_the_adapter():
+    torch.set_num_threads(1)
+    rows, digests = cases.random_rows(LENGTHS, 96), set()
+    for lora in list(ADAPTERS.values())[1:]:
+        digests.add(cases.check(cases.Subject(tiny_model(layers=1), **lora), rows, cases.FEW, steps=6).digest)
+    assert len(digests) == 3  # dropout, rank and scaling change what is trained
 
 
-def test_train_with_float_sums_gives_several_digests(tmp_path):
-    digests = set()
-    for cut in CUTS:
-        result, *_ = train(tmp_path, f"float-{cut}", float_sums=True, micro_batch_tokens=cut)
-        digests.add(result.digest)
-    assert len(digests) > 1
-
-
-def test_train_is_the_same_in_an_outer_single_thread_block(tmp_path):
-    one, *_ = train(tmp_path, "one")
-    with single_thread():
-        two, *_ = train(tmp_path, "two")
-    assert one.digest == two.digest
+def test_adamw_gives_one_adapter_at_smollm2_width_for_1_2_and_4_threads():
+    shape = dict(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3, num_hidden_layers=1, vocab_size=99)
+    torch.manual_seed(0)
+    subject = cases.Subject(AutoModelForCausalLM.from_config(LlamaConfig(**shape)), r=8)
+    rows, found = cases.random_rows([5 + 67 * i % 150 for i in range(2 * cases.ROWS)], 99), set()
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        found.add(cases.check(subject, rows, cases.FEW[:4], steps=2).digest)
+    assert len(found) == 1
