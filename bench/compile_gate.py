@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench import gate_attention, gate_rows, gate_table
+from bench import gate_adamw, gate_attention, gate_rows, gate_table
 from fastlora.kernels import gemm as gemm_file
 from fastlora.kernels import project as project_file
 from fastlora.kernels import tables
@@ -50,7 +50,7 @@ class Case:
         drop, mode = "-dropout" if self.dropout else "", "-exact" if self.exact else ""
         drop += "" if self.count == 1 else f"-{self.count}together"
         side = "" if self.operation != "gemm" else "-forward" if self.transposed else "-dx"
-        mode = mode if self.operation in ("da", "db", "db_ds") else ""
+        mode = mode if self.operation in ("da", "db", "db_ds", "adamw", "squares") else ""
         return f"{self.operation}{side}-{self.arch}-{_TYPE[self.dtype]}-r{self.rank}-{self.outer}x{self.inner}{drop}{mode}"
 
 
@@ -83,6 +83,8 @@ def build_arguments(case: Case):
     precision = "ieee" if case.dtype == torch.float32 else "tf32"
     if case.operation in gate_attention.OPERATIONS:
         return gate_attention.build_arguments(case, element)
+    if case.operation in gate_adamw.OPERATIONS:
+        return gate_adamw.build_arguments(case)
     if case.operation in gate_rows.OPERATIONS:
         return gate_rows.build_arguments(case, element)
     if case.operation == "project":
@@ -146,7 +148,7 @@ def build_arguments(case: Case):
 
 # Bytes of registers that a case may keep in local memory, where measured to be faster than a tile that keeps none.
 SPILLS_ALLOWED = {
-    ("attention_dkv", "sm_90", 128): 16,
+    ("attention_dkv", "sm_90", 128): 88,
     # query, key and value under dropout with Triton 3.9 (3.6: none): two words in the epilogue, after the walk over K
     ("gemm", "sm_90", 6144): 8,
 }
@@ -207,6 +209,7 @@ def all_cases() -> list[Case]:
         cases += [Case("gemm", arch, outer=6144, count=3), Case("gemm", arch, outer=6144, count=3, transposed=False)]
         cases += [Case("gemm", arch, outer=6144, count=3, transposed=False, dropout=True)]
         cases += [Case("gemm", arch, outer=257, inner=129), Case("gemm", arch, torch.float16)]
+        cases += [Case(op, arch, torch.float32, outer=0, inner=0, exact=exact) for op in gate_adamw.OPERATIONS for exact in (True, False)]
         for head in (64, 128, 256)[: 2 if tables.ATTENTION_MAX_HEAD[arch] == 128 else 3]:
             cases += [Case(op, arch, outer=head, inner=0) for op in gate_attention.OPERATIONS]
     return cases + gate_rows.all_cases(Case)

@@ -123,9 +123,11 @@ def token_sum_tile(arch: str, dtype: torch.dtype, rank: int, *, with_ds: bool) -
         # 64 columns of integers: where the matrix instruction leaves its result in registers, a narrower tile, or they spill
         narrow = {"sm_120": Tile(64, 16, warps=4, stages=2)} | dict.fromkeys(("sm_80", "sm_86", "sm_89"), Tile(64, 32, warps=8, stages=2))
         return narrow.get(arch, Tile(64, 64, warps=8, stages=2))
-    if rank <= 128:
-        return Tile(64, 16, warps=8, stages=1) if arch == "gfx942" else Tile(64, 32, warps=8, stages=2)
-    return Tile(32, 16, warps=8, stages=1) if arch == "gfx942" else Tile(64, 32, warps=8, stages=2)
+    if arch == "sm_120":
+        return Tile(64, 16, warps=8, stages=2)
+    if arch == "gfx942":
+        return Tile(64 if rank <= 128 else 32, 16, warps=8, stages=1)
+    return Tile(64, 32, warps=8, stages=2)
 
 
 def reduce_tile(rank: int) -> Tile:
@@ -156,9 +158,12 @@ def attention_tile(arch: str, dtype: torch.dtype, head: int, *, of: str) -> Tile
         step = 16
     if of == "dkv" and (arch, head) in (("sm_120", 64), ("gfx942", 128)):
         return Tile(16, ATTENTION_BLOCK, warps=4, stages=1)
+    if head > 128 and arch == "sm_100" and of == "dq":
+        step = 64
     stages = 1 if dtype == torch.float32 or head > 128 or (small and head > 64) else 2
-    if arch == "sm_90" and of == "forward" and stages == 2:
-        stages = 3
+    if arch == "sm_90" and dtype != torch.float32:
+        # wide heads: with one stage the compiler holds a whole step in registers and spills
+        stages = 3 if of == "forward" and head <= 128 else 1 if of == "forward" else 2
     # sm_90, dK and dV, 128 wide: 4 warps spill some bytes and are still the fastest (H200, 32 heads, 4 x 2048: 0.65 ms; without spills 0.71)
     narrow = head <= 128 and (of != "dkv" or arch == "sm_90")
     warps = 4 if head <= 64 and arch != "sm_120" or narrow else 8
