@@ -160,6 +160,8 @@ def attention_tile(arch: str, dtype: torch.dtype, head: int, *, of: str) -> Tile
         return Tile(16, ATTENTION_BLOCK, warps=4, stages=1)
     if head > 128 and arch == "sm_100" and of == "dq":
         step = 64
+    if head <= 64 and arch == "gfx942" and of == "dkv":
+        step = 32
     stages = 1 if dtype == torch.float32 or head > 128 or (small and head > 64) else 2
     if arch == "sm_90" and dtype != torch.float32:
         # wide heads: with one stage the compiler holds a whole step in registers and spills
