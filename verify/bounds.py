@@ -174,6 +174,9 @@ def accumulate(
     The middle term is 0 where all terms are whole multiples of one power of two g, known without
     error, and their absolute values add up to at most ``exact_integers`` g: then every partial sum
     is representable.
+
+    Where the absolute values could pass the accumulator's largest number the radius is infinite: a partial sum may
+    overflow though the whole does not.
     """
     value = sum((p.value @ q.value for p, q in pairs), start=sum(e.value for e in extras))
     total = sum(
@@ -194,7 +197,8 @@ def accumulate(
         if math.isfinite(grid) and grid >= FLUSH:
             fine = total <= accumulator.exact_integers * grid
             rounded = torch.where(fine, torch.zeros_like(rounded), rounded)
-    return Bounded(value, carried + rounded)
+    overflows = total + rounded > torch.finfo(accumulator.dtype).max
+    return Bounded(value, torch.where(overflows, math.inf, carried + rounded))
 
 
 def _carried(p: Bounded, q: Bounded) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -17,7 +18,7 @@ from torch import nn
 import fastlora
 from fastlora import blocks, packing, stream
 from fastlora.data import make_row
-from fastlora.errors import TrainingError
+from fastlora.errors import InputError, TrainingError
 from fastlora.exact import discard
 from fastlora.families import head_of
 from fastlora.invariant import make_invariant
@@ -45,6 +46,7 @@ from verify.subject import (
     TrainResult,
     WholeRun,
 )
+from verify.subjects_refusals import refusals
 from verify.subjects_rows import FastloraOperations
 from verify.tiny import END, supervised_tokens, tiny_llama, token_rows, tokenizer, write_rows
 
@@ -386,7 +388,8 @@ def built_in(device: str) -> list[Subject]:
     def add(name: str, where: str, tag: str) -> None:
         linear, rows = (kind(where, (fp32, *half)) for kind in (FastloraLinear, FastloraOperations))
         parts = linear, FastloraAdamW(where), FastloraTrainer(where)
-        subjects.append(Subject(name, where, *parts, (tag,), rows))
+        listed, refused = functools.partial(refusals, where), (InputError, TrainingError)
+        subjects.append(Subject(name, where, *parts, (tag,), rows, None, listed, refused))
 
     if device in ("auto", "cpu"):
         add("fastlora reference", "cpu", "reference")

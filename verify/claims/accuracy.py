@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 from verify import graphs, oracle
 from verify.claims.outcome import Budget, Outcome
@@ -30,14 +31,17 @@ def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
         return out
     names = tuple(name for name, dtype in DTYPES.items() if dtype in part.dtypes)
     alone = refused = 0
+    kinds: Counter[str] = Counter()
     for case in endless("linear", names, seed, getattr(part, "cases_a_shape", 1)):
         if not budget.more(out.cases) or (budget.stop_at_failure and out.failures):
             break
         out.cases += 1
         out.tags |= {subject.device, case.dtype, *subject.tags}
         alone += case.values in ("lora_alone", "grid")
+        kinds[case.values] += 1
         refused += sum(_one(subject, case, mode, out) for mode in part.modes)
     out.note(f"LoRA part alone (W = 0, or integers where the base product is exact): {alone} cases")
+    out.note("values: " + ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items())))
     if out.worst == 1:
         out.note(
             "a share of 1 is one rounding at its very edge: halfway cases meet a bound that is tight"
