@@ -56,7 +56,6 @@ def _linear(device: str) -> Iterator[Refusal]:
         ("weight", "weight", made(6, 8).requires_grad_()),
         ("a", "a", made(4, 7)),
         ("a", "a", made(32)),
-        ("a|rank 0", "a", made(0, 8)),
         ("b", "b", made(6, 5)),
         ("b", "b", made(5, 4)),
         ("bias", "bias", made(5)),
@@ -72,6 +71,7 @@ def _linear(device: str) -> Iterator[Refusal]:
         "lora_linear(rank 257)", ("a", "257", "256"),
         lambda: fastlora.lora_linear(**dict(good, a=made(257, 8), b=made(6, 257))), lambda: fastlora.lora_linear(**big),
     )  # fmt: skip
+    yield Refusal("lora_linear(rank 0)", ("a", "rank 0"), lambda: fastlora.lora_linear(**dict(good, a=made(0, 8), b=made(6, 0))))
     short = fastlora.DropoutKey(3, torch.arange(4, device=device))
     yield Refusal("lora_linear(key of 4 tokens for 5 rows)", ("key",), lambda: fastlora.lora_linear(**dict(good, key=short)))
 
