@@ -13,7 +13,7 @@ from torch import nn
 import fastlora
 from fastlora import stream
 from fastlora.errors import InputError, TrainingError
-from fastlora.exact import discard
+from fastlora.exact import TokenSum, discard
 from fastlora.ops import backend
 from fastlora.ops.dropout import module_key
 from verify.bounds import Accumulator
@@ -135,24 +135,39 @@ class FastloraLinear:
 
     def accumulate(self, parts: list[Documents], mode: str) -> SplitResult:
         """Gradients over micro-batches of packed documents; padding rows hold ones, their dy zeros."""
-        first = parts[0]
-        net, layer = _injected(
-            first.weight, None, first.a, first.b, first.alpha, False, first.dropout
-        )
+        return self.world([parts], mode)
+
+    def world(self, ranks: list[list[Documents]], mode: str) -> SplitResult:
+        """:meth:`accumulate` on each process by itself, then what an all-reduce of the sums does."""
+        first = next(part for parts in ranks for part in parts)
         rows, ran = {}, []
-        layer.register_forward_pre_hook(lambda _, args: ran.append(args[0].shape[0]))
-        around = fastlora.exact(net) if mode == EXACT else contextlib.nullcontext()
-        with self._backend(), around:
-            for part in parts:
-                rows.update(self._one_part(layer, part))
-        if mode == GRAD:
-            return SplitResult(layer.lora_A.weight.grad, layer.lora_B.weight.grad, rows, tuple(ran))
-        da, db = _exact_gradients(layer, 1.0)
-        discard(net)
+        sums: list[torch.Tensor | TokenSum] = []
+        for parts in ranks:
+            net, layer = _injected(first.weight, None, first.a, first.b, first.alpha, False, first.dropout)
+            layer.register_forward_pre_hook(lambda _, args: ran.append(args[0].shape[0]))
+            around = fastlora.exact(net) if mode == EXACT else contextlib.nullcontext()
+            with self._backend(), around:
+                for part in parts:
+                    rows.update(self._one_part(layer, part))
+            if mode == GRAD:
+                own = [layer.lora_A.weight.grad, layer.lora_B.weight.grad]
+                sums = own if not sums else [total + g for total, g in zip(sums, own)]
+                continue
+            _checked(layer)
+            own = [TokenSum(total.total.shape, self.device).merge_(total) for total in layer.sums]
+            sums = own if not sums else [total.merge_(other) for total, other in zip(sums, own)]
+            discard(net)
+        da, db = sums if mode == GRAD else [total.gradient(1.0) for total in sums]
         return SplitResult(da, db, rows, tuple(ran))
 
     def _one_part(self, layer: nn.Module, part: Documents) -> dict:
         lengths = tuple(len(x) for x in part.x)
+        if not any(lengths):
+            # An empty micro-batch: no stream has no documents.
+            x = part.x[0].detach().requires_grad_()
+            y = layer(x)
+            y.backward(part.dy[0])
+            return {part.ids[0]: (y.detach(), x.grad)}
         packed = stream.Stream(lengths, self.alignment, part.ids, SEED, 0)
         x = torch.ones(packed.total, part.x[0].shape[1], dtype=part.x[0].dtype, device=self.device)
         dy = torch.zeros(packed.total, part.dy[0].shape[1], dtype=x.dtype, device=self.device)
@@ -168,12 +183,16 @@ class FastloraLinear:
         }
 
 
-def _exact_gradients(layer: nn.Module, divisor: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _checked(layer: nn.Module) -> None:
     for name, total in zip(("lora_A", "lora_B"), layer.sums):
         try:
             total.check(name)
         except TrainingError as error:
             raise Refused(str(error)) from error
+
+
+def _exact_gradients(layer: nn.Module, divisor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    _checked(layer)
     da, db = (total.gradient(divisor) for total in layer.sums)
     return da, db
 

@@ -8,13 +8,15 @@ import json
 import pathlib
 import tempfile
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import nn
 
 import fastlora
 from fastlora import blocks, packing, stream
-from fastlora.data import make_row
+from fastlora.data import IGNORED, make_row
+from fastlora.exact import TokenSum, lora_modules, zero_all
 from fastlora.families import head_of
 from fastlora.invariant import make_invariant
 from fastlora.ops.linear_cross_entropy import linear_cross_entropy
@@ -33,6 +35,7 @@ class FastloraTrainer:
     """The training loop's own pieces on a tiny random Llama: packing, streams, exact sums, AdamW."""
 
     supports_hooks = True
+    worlds = (1, 2, 3)
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -126,39 +129,44 @@ class FastloraTrainer:
         return WholeRun(before, after, ran, log[0]["grad_norm"])
 
     def _backward(self, model, head, rows, ids, case, step, cut, float_sums, hooks) -> None:
-        """All micro-batches of one global batch."""
+        """All micro-batches of one global batch, one process after the other, each with sums of its own."""
         order = cut if hooks.order is None else hooks.order(cut)
         with contextlib.nullcontext() if float_sums else fastlora.exact(model):
-            for i, part in enumerate(order):
-                seed = case.seed if hooks.seed is None else hooks.seed(case.seed, i)
-                batch = packing.collate(
-                    [rows[j] for j in part],
-                    [ids[j] for j in part],
-                    self.alignment,
-                    self.device,
-                    seed=seed,
-                    step=step,
-                )
-                with stream.use(batch.stream):
-                    hidden = head.decoder(batch.input_ids, batch.position_ids)
-                    loss, supervised = linear_cross_entropy(
-                        hidden[0],
-                        head.weight,
-                        batch.labels,
-                        softcap=head.softcap,
-                        logit_scale=head.logit_scale,
-                    )
-                    (loss if hooks.weigh is None else hooks.weigh(loss, int(supervised))).backward()
-                if hooks.after_backward is not None:
-                    hooks.after_backward(model, i)
+            sums = [] if float_sums else [total for _, module in lora_modules(model) for total in module.sums]
+            reduced = [TokenSum(total.total.shape, self.device) for total in sums]
+            for rank in range(case.world):
+                for i in range(rank, len(order), case.world):
+                    self._micro_batch(model, head, rows, ids, case, step, i, order[i], hooks)
+                # What an all-reduce does; a process that had nothing to do gives zeros.
+                for total, other in zip(reduced, sums):
+                    total.merge_(other)
+                zero_all(sums)
+            for total, other in zip(sums, reduced):
+                total.merge_(other)
+
+    def _micro_batch(self, model, head, rows, ids, case, step, i, part, hooks) -> None:
+        seed = case.seed if hooks.seed is None else hooks.seed(case.seed, i)
+        chosen, names = [rows[j] for j in part], [ids[j] for j in part]
+        batch = packing.collate(chosen, names, self.alignment, self.device, seed=seed, step=step)
+        with stream.use(batch.stream):
+            hidden = head.decoder(batch.input_ids, batch.position_ids)
+            loss, supervised = linear_cross_entropy(
+                hidden[0], head.weight, batch.labels, softcap=head.softcap, logit_scale=head.logit_scale
+            )
+            (loss if hooks.weigh is None else hooks.weigh(loss, int(supervised))).backward()
+        if hooks.after_backward is not None:
+            hooks.after_backward(model, i)
 
 
 def _rows(case: TrainCase, step: int) -> list:
-    """The step's rows with their end token, built without text; the prompt is not supervised."""
-    return [
-        make_row([*ids, END], [i >= case.prompt for i in range(len(ids) + 1)], line, "text")
-        for line, ids in enumerate(token_rows(case, step), 1)
-    ]
+    """The step's rows with their end token, built without text; the prompt is not supervised, nor is a masked row (which
+    the library's reader would refuse)."""
+    rows = []
+    for index, ids in enumerate(token_rows(case, step)):
+        row = make_row([*ids, END], [i >= case.prompt for i in range(len(ids) + 1)], index + 1, "text")
+        masked = index in case.masked
+        rows.append(dataclasses.replace(row, labels=np.full_like(row.labels, IGNORED)) if masked else row)
+    return rows
 
 
 def _copy(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
