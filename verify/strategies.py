@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.internal.conjecture import providers
 
 from verify.oracle.adamw import Hyper
+from verify.strategies_adapter import adapter_cases
 from verify.subject import Cut, LinearInputs, TrainCase
 from verify.values import VALUES, draw, laid_out, size_of
 
@@ -326,15 +327,12 @@ def _no_local_constants() -> Iterator[None]:
 def ordered(strategy_name: str, names: tuple[str, ...], seed: int, count: int = 300) -> tuple:
     """The first ``count`` different cases of a strategy, in the order that ``seed`` fixes.
 
-    ``strategy_name`` is "linear", "split", "rows", "train" or "optimizer"; ``names`` are dtypes where it
+    ``strategy_name`` is "linear", "split", "rows", "train", "optimizer" or "adapter"; ``names`` are dtypes where it
     needs them. Always drawn whole, so that a budget only cuts the list and never changes it.
     """
-    makers = {"linear": linear_cases, "split": split_cases, "rows": rows_cases}
-    strategy = (
-        makers[strategy_name](names)
-        if strategy_name in makers
-        else (train_cases() if strategy_name == "train" else optimizer_cases())
-    )
+    by_dtype = {"linear": linear_cases, "split": split_cases, "rows": rows_cases}
+    others = {"train": train_cases, "optimizer": optimizer_cases, "adapter": adapter_cases}
+    strategy = by_dtype[strategy_name](names) if strategy_name in by_dtype else others[strategy_name]()
     found: dict = {}
 
     @hypothesis.seed(seed)

@@ -31,6 +31,7 @@ from verify.subject import (
     SplitResult,
     Subject,
 )
+from verify.subjects_files import FastloraFiles
 from verify.subjects_refusals import refusals
 from verify.subjects_rows import FastloraOperations
 from verify.subjects_trainer import FastloraTrainer, adamw
@@ -238,7 +239,7 @@ def built_in(device: str) -> list[Subject]:
         linear, rows = (kind(where, (fp32, *half)) for kind in (FastloraLinear, FastloraOperations))
         parts = linear, FastloraAdamW(where), FastloraTrainer(where)
         listed, refused = functools.partial(refusals, where), (InputError, TrainingError)
-        subjects.append(Subject(name, where, *parts, (tag,), rows, None, listed, refused))
+        subjects.append(Subject(name, where, *parts, (tag,), rows, FastloraFiles(), listed, refused))
 
     if device in ("auto", "cpu"):
         add("fastlora reference", "cpu", "reference")

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from verify.claims import accuracy, guards, invariance, repeat, splits, updates
+from verify.claims import accuracy, guards, invariance, parity, repeat, splits, updates
 
-CLAIMS: dict[str, ModuleType] = {m.NAME: m for m in (accuracy, splits, updates, repeat, invariance, guards)}
+CLAIMS: dict[str, ModuleType] = {m.NAME: m for m in (accuracy, splits, updates, repeat, invariance, guards, parity)}
