@@ -109,6 +109,21 @@ class FastloraLinear:
         dx, da, db = torch.autograd.grad(y, (x, a, b), inputs.dy)
         return LinearResult(y.detach(), dx, da, db, keep)
 
+    def operators(self, inputs: LinearInputs) -> list[tuple]:
+        """The registered forward and backward with the arguments of one call."""
+        x, weight = inputs.x.detach().clone().requires_grad_(), inputs.weight
+        a, b = (t.detach().clone().requires_grad_() for t in (inputs.a, inputs.b))
+        tokens = inputs.tokens if inputs.dropout else None
+        rest = inputs.dropout, inputs.seed if inputs.dropout else 0, tokens
+        scale = scale_of(inputs.alpha, inputs.rank, inputs.rslora)
+        with self._backend(), torch.no_grad():
+            _, s = torch.ops.fastlora.lora_linear(x, weight, a, b, scale, inputs.bias, *rest)
+        plain = [t.detach() for t in (inputs.dy, x, weight, a, b, s)]
+        return [
+            (torch.ops.fastlora.lora_linear.default, (x, weight, a, b, scale, inputs.bias, *rest)),
+            (torch.ops.fastlora.lora_linear_backward.default, (*plain, scale, *rest, True)),
+        ]
+
     def _exact(self, inputs: LinearInputs, divisor: float) -> LinearResult:
         net, layer = _injected(
             inputs.weight,
