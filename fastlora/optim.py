@@ -84,6 +84,9 @@ class AdamW(torch.optim.Optimizer):
         max_grad_norm: float | None = None,
         gradient_scale: float = 1.0,
     ) -> None:
+        numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "gradient_scale": gradient_scale}
+        for name, value in numbers.items():
+            _within(name, value, isinstance(value, (int, float)), "a number")
         _within("lr", lr, 0 <= lr < math.inf, "a finite number >= 0")
         _within("betas", betas, len(betas) == 2 and all(0 <= b < 1 for b in betas), "two numbers in [0, 1)")
         _within("eps", eps, 0 < eps < math.inf, "a finite number > 0")

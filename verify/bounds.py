@@ -157,6 +157,17 @@ def grid_of(tensor: torch.Tensor) -> float:
     return 2.0 ** float((lowest - 53 + exponent).min())
 
 
+def read(b: Bounded) -> Bounded:
+    """An operand as hardware may read it: a number below the smallest normal one of fp32 may count as zero.
+
+    So do bf16 products on some CPUs, and fp32 ones where "denormals are zero" is on.
+    """
+    tiny = (b.value.abs() < FLUSH) & (b.value != 0)
+    if not bool(tiny.any()):
+        return b
+    return Bounded(b.value, torch.where(tiny, torch.maximum(b.radius, b.value.abs()), b.radius))
+
+
 def accumulate(
     pairs: list[tuple[Bounded, Bounded]],
     extras: list[Bounded],
@@ -174,7 +185,11 @@ def accumulate(
     The middle term is 0 where all terms are whole multiples of one power of two g, known without
     error, and their absolute values add up to at most ``exact_integers`` g: then every partial sum
     is representable.
+
+    Where the absolute values could pass the accumulator's largest number the radius is infinite: a partial sum may
+    overflow though the whole does not.
     """
+    pairs, extras = [(read(p), read(q)) for p, q in pairs], [read(e) for e in extras]
     value = sum((p.value @ q.value for p, q in pairs), start=sum(e.value for e in extras))
     total = sum(
         (p.magnitude @ q.magnitude for p, q in pairs), start=sum(e.magnitude for e in extras)
@@ -194,7 +209,8 @@ def accumulate(
         if math.isfinite(grid) and grid >= FLUSH:
             fine = total <= accumulator.exact_integers * grid
             rounded = torch.where(fine, torch.zeros_like(rounded), rounded)
-    return Bounded(value, carried + rounded)
+    overflows = total + rounded > torch.finfo(accumulator.dtype).max
+    return Bounded(value, torch.where(overflows, math.inf, carried + rounded))
 
 
 def _carried(p: Bounded, q: Bounded) -> torch.Tensor:

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.internal.conjecture import providers
 
 from verify.oracle.adamw import Hyper
+from verify.strategies_adapter import adapter_cases
 from verify.subject import Cut, LinearInputs, TrainCase
+from verify.values import VALUES, draw, laid_out, size_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -73,8 +75,6 @@ RANKS = (1, 2, 3, 4, 5, 7, 8, 8, 15, 16, 16, 17, 24, 31, 32, 33, 64)
 LARGE_RANKS = (65, 100, 127, 128, 129, 200, 255, 256)
 SCALES = (2.0**-12, 2.0**-4, 1.0, 1.0, 1.0, 2.0**3)
 
-# How the values are made; the last two judge the LoRA part alone.
-VALUES = ("normal", "normal", "heavy", "cancelling", "lora_alone", "grid")
 LAYOUTS = ("plain", "plain", "columns", "transposed", "rows", "expanded")
 
 
@@ -98,12 +98,15 @@ class LinearCase:
 
     def inputs(self, device: str = "cpu") -> LinearInputs:
         """The tensors, drawn on the CPU from the seed, then moved; x and dy keep their strides."""
-        draw = torch.Generator().manual_seed(self.seed)
+        pen = torch.Generator().manual_seed(self.seed)
         kind, dtype = self.values, DTYPES[self.dtype]
-        x = _values(kind, (self.m, self.k), draw) * (1.0 if kind == "grid" else self.size)
-        weight = _values(kind, (self.n, self.k), draw)
-        a, b = _values(kind, (self.r, self.k), draw), _values(kind, (self.n, self.r), draw)
-        dy, bias = _values(kind, (self.m, self.n), draw), _values(kind, (self.n,), draw)
+        # An end of the range in x or in dy, not in both: their product would be 0, or infinite, throughout.
+        end = size_of(kind, dtype)
+        of_x, of_dy = (1.0, end) if self.seed % 2 else (end, 1.0)
+        x = draw(kind, (self.m, self.k), pen) * of_x * (self.size if end == 1 and kind != "grid" else 1.0)
+        weight = draw(kind, (self.n, self.k), pen)
+        a, b = draw(kind, (self.r, self.k), pen), draw(kind, (self.n, self.r), pen)
+        dy, bias = draw(kind, (self.m, self.n), pen) * of_dy, draw(kind, (self.n,), pen)
         if kind != "grid":
             weight, a, b = weight / self.k**0.5, a / self.k**0.5, b / self.r**0.5
         if kind == "lora_alone":
@@ -114,54 +117,18 @@ class LinearCase:
             x[half : 2 * half] = x[:half]
             dy[half : 2 * half] = -dy[:half] * (1 + 2.0**-9)
         return LinearInputs(
-            x=_laid_out(x.to(dtype).to(device), self.layout),
+            x=laid_out(x.to(dtype).to(device), self.layout),
             weight=weight.to(dtype).to(device),
             a=a.float().to(device),
             b=b.float().to(device),
             bias=bias.to(dtype).to(device) if self.bias else None,
-            dy=_laid_out(dy.to(dtype).to(device), self.layout),
+            dy=laid_out(dy.to(dtype).to(device), self.layout),
             alpha=self.alpha,
             rslora=self.rslora,
             dropout=self.dropout,
-            tokens=torch.randint(0, 2**62, (self.m,), generator=draw).to(device),
-            seed=int(torch.randint(0, 2**62, (), generator=draw)),
+            tokens=torch.randint(0, 2**62, (self.m,), generator=pen).to(device),
+            seed=int(torch.randint(0, 2**62, (), generator=pen)),
         )
-
-
-def _values(kind: str, shape: tuple[int, ...], draw: torch.Generator) -> torch.Tensor:
-    """float64 values: small integers for a grid, Student-t (2.5 degrees) for heavy tails, else
-    normal."""
-    if kind == "grid":
-        return torch.randint(-2, 3, shape, generator=draw).double()
-    normal = torch.randn(shape, generator=draw, dtype=torch.float64)
-    if kind != "heavy":
-        return normal
-    chi = (
-        sum(torch.randn(shape, generator=draw, dtype=torch.float64).square() for _ in range(3)) / 3
-    )
-    return (normal / chi.sqrt()).clamp(-30, 30)
-
-
-def _laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same values with other strides: a slice of columns or rows, transposed, or stride 0."""
-    rows, columns = tensor.shape
-    if layout == "columns":
-        wide = torch.full(
-            (rows, columns + 3), float("nan"), dtype=tensor.dtype, device=tensor.device
-        )
-        wide[:, 1 : columns + 1] = tensor
-        return wide[:, 1 : columns + 1]
-    if layout == "transposed":
-        return tensor.t().contiguous().t()
-    if layout == "rows":
-        tall = torch.full(
-            (rows * 2, columns), float("nan"), dtype=tensor.dtype, device=tensor.device
-        )
-        tall[::2] = tensor
-        return tall[::2]
-    if layout == "expanded" and rows:
-        return tensor[:1].expand(rows, columns)
-    return tensor
 
 
 def linear_cases(dtypes: tuple[str, ...]) -> st.SearchStrategy[LinearCase]:
@@ -299,6 +266,20 @@ class OptimizerCase:
     zero_b: bool
     seed: int
 
+    def tensors(self) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
+        """The parameters lora_A [5, 67] and lora_B [129, 5] before the first step, and each step's gradients."""
+        pen = torch.Generator().manual_seed(self.seed)
+        shapes = {"lora_A": (5, 67), "lora_B": (129, 5)}
+        before = {name: torch.randn(shape, generator=pen) / 8 for name, shape in shapes.items()}
+        gradients = [
+            {name: torch.randn(shape, generator=pen) * self.size for name, shape in shapes.items()}
+            for _ in range(self.steps)
+        ]
+        if self.zero_b:
+            before["lora_B"].zero_()
+            gradients[0]["lora_A"].zero_()
+        return before, gradients
+
 
 def optimizer_cases() -> st.SearchStrategy[OptimizerCase]:
     """Hyper-parameters, gradient sizes and numbers of steps."""
@@ -346,15 +327,12 @@ def _no_local_constants() -> Iterator[None]:
 def ordered(strategy_name: str, names: tuple[str, ...], seed: int, count: int = 300) -> tuple:
     """The first ``count`` different cases of a strategy, in the order that ``seed`` fixes.
 
-    ``strategy_name`` is "linear", "split", "rows", "train" or "optimizer"; ``names`` are dtypes where it
+    ``strategy_name`` is "linear", "split", "rows", "train", "optimizer" or "adapter"; ``names`` are dtypes where it
     needs them. Always drawn whole, so that a budget only cuts the list and never changes it.
     """
-    makers = {"linear": linear_cases, "split": split_cases, "rows": rows_cases}
-    strategy = (
-        makers[strategy_name](names)
-        if strategy_name in makers
-        else (train_cases() if strategy_name == "train" else optimizer_cases())
-    )
+    by_dtype = {"linear": linear_cases, "split": split_cases, "rows": rows_cases}
+    others = {"train": train_cases, "optimizer": optimizer_cases, "adapter": adapter_cases}
+    strategy = by_dtype[strategy_name](names) if strategy_name in by_dtype else others[strategy_name]()
     found: dict = {}
 
     @hypothesis.seed(seed)

@@ -69,8 +69,10 @@ class LinearResult:
 class LinearPart(Protocol):
     """A LoRA linear with its backward.
 
-    An optional attribute ``cases_a_shape`` (default 1): how many cases in a row have the same K, N, r
-    and dtype, for kernels that are compiled for each.
+    Optional attributes: ``cases_a_shape`` (default 1), how many cases in a row have the same K, N, r and dtype, for
+    kernels that are compiled for each; ``operators(inputs)``, a list of (registered torch operator, arguments) of one
+    call, for torch's opcheck; ``world(ranks, mode)``, like ``accumulate`` with a list of micro-batches for each process
+    and the gradients summed as an all-reduce would.
     """
 
     modes: tuple[str, ...]
@@ -143,7 +145,9 @@ class TrainCase:
     """Training of a tiny random causal model: what is fixed while the cut of each batch varies.
 
     ``lengths``: tokens of every sequence of the global batch, the same for each step (with other
-    tokens). ``prompt``: leading tokens of each that are not supervised.
+    tokens). ``prompt``: leading tokens of each that are not supervised. ``masked``: indices of sequences of which no
+    token is. ``world``: processes among which the micro-batches are dealt in turn (for trainers that simulate them).
+    The adapter's alpha is its rank: the scale is 1.
     """
 
     lengths: tuple[int, ...]
@@ -154,6 +158,8 @@ class TrainCase:
     prompt: int = 2
     hidden: int = 48
     threads: int = 1
+    masked: tuple[int, ...] = ()
+    world: int = 1
     hyper: Hyper = field(default_factory=lambda: Hyper(lr=2e-2))
 
 
@@ -213,7 +219,8 @@ class TrainerPart(Protocol):
     """A training loop over a tiny model.
 
     ``supports_hooks`` False: faults of a loop cannot be planted. ``run`` may be None: then no whole
-    run from files is tried. ``alignment``: tokens to which it pads a sequence.
+    run from files is tried. ``alignment``: tokens to which it pads a sequence. Optional ``worlds`` (default only 1):
+    numbers of processes that it simulates.
     """
 
     alignment: int
@@ -300,8 +307,43 @@ class OperationsPart(Protocol):
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """One bad input and what must happen: ``call`` raises one of the subject's ``refuses`` and the message holds every
+    word of ``names``. ``allowed``: the same call with a good value, which must not be refused (None: there is none)."""
+
+    told: str
+    names: tuple[str, ...]
+    call: Callable[[], object]
+    allowed: Callable[[], object] | None = None
+
+
+class FilesPart(Protocol):
+    """Adapters in PEFT's files. ``config`` holds fields of PEFT's ``LoraConfig`` by their names; models are those of
+    transformers, changed in place and returned.
+    """
+
+    def attach(self, model: torch.nn.Module, config: dict, seed: int) -> torch.nn.Module:
+        """Give the model adapters whose A and B are both random."""
+
+    def save(self, model: torch.nn.Module, folder: str) -> None:
+        """Write ``adapter_model.safetensors`` and ``adapter_config.json``."""
+
+    def load(self, model: torch.nn.Module, folder: str) -> torch.nn.Module:
+        """Attach what these two files hold."""
+
+    def merge(self, model: torch.nn.Module) -> torch.nn.Module:
+        """W + s B A in place of every adapted W."""
+
+    def state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """A and B by the names they have in PEFT's file."""
+
+
+@dataclass(frozen=True)
 class Subject:
-    """What is judged. ``device`` is "cpu" or "cuda"; ``tags`` are further words for ``--require``."""
+    """What is judged. ``device`` is "cpu" or "cuda"; ``tags`` are further words for ``--require``.
+
+    ``refusals`` lists bad inputs, each refused by an exception of one of the types ``refuses``.
+    """
 
     name: str
     device: str
@@ -310,3 +352,6 @@ class Subject:
     trainer: TrainerPart | None = None
     tags: tuple[str, ...] = ()
     operations: OperationsPart | None = None
+    files: FilesPart | None = None
+    refusals: Callable[[], tuple[Refusal, ...]] | None = None
+    refuses: tuple[type[BaseException], ...] = ()

@@ -3,50 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
+import functools
 import os
-import pathlib
-import tempfile
 from collections import OrderedDict
 
 import torch
-from rich.console import Console
 from torch import nn
 
 import fastlora
-from fastlora import blocks, packing, stream
-from fastlora.data import make_row
-from fastlora.errors import TrainingError
-from fastlora.exact import discard
-from fastlora.families import head_of
-from fastlora.invariant import make_invariant
+from fastlora import stream
+from fastlora.errors import InputError, TrainingError
+from fastlora.exact import TokenSum, discard
 from fastlora.ops import backend
 from fastlora.ops.dropout import module_key
-from fastlora.ops.linear_cross_entropy import linear_cross_entropy
 from verify.bounds import Accumulator
 from verify.graphs import FixedPoint, Roundings
 from verify.oracle.adamw import Hyper
-from verify.oracle.digest import md5_of_tensors
 from verify.oracle.linear import scale_of
 from verify.oracle.philox import keep_mask
 from verify.subject import (
     EXACT,
     GRAD,
-    Cut,
     Documents,
     LinearInputs,
     LinearResult,
     Refused,
     SplitResult,
     Subject,
-    TrainCase,
-    TrainHooks,
-    TrainResult,
-    WholeRun,
 )
+from verify.subjects_files import FastloraFiles
+from verify.subjects_refusals import refusals
 from verify.subjects_rows import FastloraOperations
-from verify.tiny import END, supervised_tokens, tiny_llama, token_rows, tokenizer, write_rows
+from verify.subjects_trainer import FastloraTrainer, adamw
 
 SEED = 7  # of the streams that name dropout masks
 HALF = (torch.bfloat16, torch.float16)
@@ -121,6 +109,21 @@ class FastloraLinear:
         dx, da, db = torch.autograd.grad(y, (x, a, b), inputs.dy)
         return LinearResult(y.detach(), dx, da, db, keep)
 
+    def operators(self, inputs: LinearInputs) -> list[tuple]:
+        """The registered forward and backward with the arguments of one call."""
+        x, weight = inputs.x.detach().clone().requires_grad_(), inputs.weight
+        a, b = (t.detach().clone().requires_grad_() for t in (inputs.a, inputs.b))
+        tokens = inputs.tokens if inputs.dropout else None
+        rest = inputs.dropout, inputs.seed if inputs.dropout else 0, tokens
+        scale = scale_of(inputs.alpha, inputs.rank, inputs.rslora)
+        with self._backend(), torch.no_grad():
+            _, s = torch.ops.fastlora.lora_linear(x, weight, a, b, scale, inputs.bias, *rest)
+        plain = [t.detach() for t in (inputs.dy, x, weight, a, b, s)]
+        return [
+            (torch.ops.fastlora.lora_linear.default, (x, weight, a, b, scale, inputs.bias, *rest)),
+            (torch.ops.fastlora.lora_linear_backward.default, (*plain, scale, *rest, True)),
+        ]
+
     def _exact(self, inputs: LinearInputs, divisor: float) -> LinearResult:
         net, layer = _injected(
             inputs.weight,
@@ -148,24 +151,39 @@ class FastloraLinear:
 
     def accumulate(self, parts: list[Documents], mode: str) -> SplitResult:
         """Gradients over micro-batches of packed documents; padding rows hold ones, their dy zeros."""
-        first = parts[0]
-        net, layer = _injected(
-            first.weight, None, first.a, first.b, first.alpha, False, first.dropout
-        )
+        return self.world([parts], mode)
+
+    def world(self, ranks: list[list[Documents]], mode: str) -> SplitResult:
+        """:meth:`accumulate` on each process by itself, then what an all-reduce of the sums does."""
+        first = next(part for parts in ranks for part in parts)
         rows, ran = {}, []
-        layer.register_forward_pre_hook(lambda _, args: ran.append(args[0].shape[0]))
-        around = fastlora.exact(net) if mode == EXACT else contextlib.nullcontext()
-        with self._backend(), around:
-            for part in parts:
-                rows.update(self._one_part(layer, part))
-        if mode == GRAD:
-            return SplitResult(layer.lora_A.weight.grad, layer.lora_B.weight.grad, rows, tuple(ran))
-        da, db = _exact_gradients(layer, 1.0)
-        discard(net)
+        sums: list[torch.Tensor | TokenSum] = []
+        for parts in ranks:
+            net, layer = _injected(first.weight, None, first.a, first.b, first.alpha, False, first.dropout)
+            layer.register_forward_pre_hook(lambda _, args: ran.append(args[0].shape[0]))
+            around = fastlora.exact(net) if mode == EXACT else contextlib.nullcontext()
+            with self._backend(), around:
+                for part in parts:
+                    rows.update(self._one_part(layer, part))
+            if mode == GRAD:
+                own = [layer.lora_A.weight.grad, layer.lora_B.weight.grad]
+                sums = own if not sums else [total + g for total, g in zip(sums, own)]
+                continue
+            _checked(layer)
+            own = [TokenSum(total.total.shape, self.device).merge_(total) for total in layer.sums]
+            sums = own if not sums else [total.merge_(other) for total, other in zip(sums, own)]
+            discard(net)
+        da, db = sums if mode == GRAD else [total.gradient(1.0) for total in sums]
         return SplitResult(da, db, rows, tuple(ran))
 
     def _one_part(self, layer: nn.Module, part: Documents) -> dict:
         lengths = tuple(len(x) for x in part.x)
+        if not any(lengths):
+            # An empty micro-batch: no stream has no documents.
+            x = part.x[0].detach().requires_grad_()
+            y = layer(x)
+            y.backward(part.dy[0])
+            return {part.ids[0]: (y.detach(), x.grad)}
         packed = stream.Stream(lengths, self.alignment, part.ids, SEED, 0)
         x = torch.ones(packed.total, part.x[0].shape[1], dtype=part.x[0].dtype, device=self.device)
         dy = torch.zeros(packed.total, part.dy[0].shape[1], dtype=x.dtype, device=self.device)
@@ -181,12 +199,16 @@ class FastloraLinear:
         }
 
 
-def _exact_gradients(layer: nn.Module, divisor: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _checked(layer: nn.Module) -> None:
     for name, total in zip(("lora_A", "lora_B"), layer.sums):
         try:
             total.check(name)
         except TrainingError as error:
             raise Refused(str(error)) from error
+
+
+def _exact_gradients(layer: nn.Module, divisor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    _checked(layer)
     da, db = (total.gradient(divisor) for total in layer.sums)
     return da, db
 
@@ -206,7 +228,7 @@ class FastloraAdamW:
         net, layer = _injected(
             torch.zeros(b.shape[0], a.shape[1], device=self.device), None, a, b, 1.0
         )
-        optimizer = _optimizer(net, hyper)
+        optimizer = adamw(net, hyper)
         after = []
         for step in gradients:
             for name in ("lora_A", "lora_B"):
@@ -216,161 +238,6 @@ class FastloraAdamW:
                 {n: getattr(layer, n).weight.detach().cpu().clone() for n in ("lora_A", "lora_B")}
             )
         return after
-
-
-def _optimizer(model: nn.Module, hyper: Hyper) -> torch.optim.Optimizer:
-    return fastlora.AdamW(model, **dataclasses.asdict(hyper))
-
-
-class FastloraTrainer:
-    """The training loop's own pieces on a tiny random Llama: packing, streams, exact sums, AdamW."""
-
-    supports_hooks = True
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.alignment = stream.alignment_for(device)
-        self.bitwise_splits, self.why_not = True, ""
-
-    def train(
-        self,
-        case: TrainCase,
-        cut: Cut,
-        *,
-        float_sums: bool = False,
-        hooks: TrainHooks | None = None,
-    ) -> TrainResult:
-        """Train ``case.steps`` steps with each global batch cut into ``cut``."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(case.threads)
-        around = blocks.single_thread() if self.device == "cpu" else contextlib.nullcontext()
-        try:
-            with around:
-                return self._train(case, cut, float_sums, hooks or TrainHooks())
-        finally:
-            torch.set_num_threads(threads)
-
-    def _train(self, case: TrainCase, cut: Cut, float_sums: bool, hooks: TrainHooks) -> TrainResult:
-        model = tiny_llama(case).to(self.device)
-        config = fastlora.LoraConfig(r=case.rank, lora_dropout=case.dropout)
-        fastlora.inject(model, config, seed=case.seed)
-        invariant = make_invariant(model)
-        model.train()
-        ran: list[int] = []
-        head = head_of(model)
-        model.get_decoder().register_forward_pre_hook(
-            lambda _, args, kwargs: ran.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-        )
-        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
-        optimizer, frozen_before = _optimizer(model, case.hyper), md5_of_tensors(frozen)
-        before, after, gradients, steps = _copy(trained), [], [], []
-        for step in range(case.steps):
-            rows = _rows(case, step)
-            ids, ran_before = packing.sample_ids(rows), len(ran)
-            self._backward(model, head, rows, ids, case, step, cut, float_sums, hooks)
-            tokens = supervised_tokens(case)
-            told = tokens if hooks.tokens is None else hooks.tokens(tokens, cut)
-            gradients.append(_gradients(model, told, float_sums))
-            if hooks.before_step is not None:
-                hooks.before_step(model)
-            optimizer.step(supervised_tokens=told)
-            optimizer.zero_grad()
-            steps.append(tuple(ran[ran_before:]))
-            after.append(_copy(trained))
-        result = TrainResult(
-            before, after, gradients, tuple(steps), (frozen_before, md5_of_tensors(frozen))
-        )
-        invariant.undo()
-        return result
-
-    def run(self, case: TrainCase, most_tokens: int, order: tuple[int, ...]) -> WholeRun:
-        """``fastlora.Trainer`` on files, dropout as the case says, with ``most_tokens`` a
-        micro-batch."""
-        model = tiny_llama(case).to(self.device)
-        lora = fastlora.LoraConfig(r=case.rank, lora_dropout=case.dropout)
-        with tempfile.TemporaryDirectory() as folder:
-            data, output = pathlib.Path(folder, "rows.jsonl"), pathlib.Path(folder, "out")
-            write_rows(data, case, order)
-            config = fastlora.TrainConfig(
-                data=str(data),
-                output=str(output),
-                batch_size=len(case.lengths),
-                micro_batch_tokens=most_tokens,
-                steps=case.steps,
-                learning_rate=case.hyper.lr,
-                lr_scheduler="constant",
-                warmup_ratio=0.0,
-                max_grad_norm=None,
-                seed=case.seed,
-                shuffle=False,
-                device=self.device,
-                dtype="float32",
-            )
-            trainer = fastlora.Trainer(
-                model, tokenizer(), config, lora, console=Console(quiet=True)
-            )
-            before = _copy({n: p for n, p in model.named_parameters() if p.requires_grad})
-            trainer.train()
-            lines = (output / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        after = _copy({n: p for n, p in model.named_parameters() if p.requires_grad})
-        log = [json.loads(line) for line in lines]
-        ran = tuple(tuple(m["padded_tokens"] for m in line["micro_batches"]) for line in log)
-        return WholeRun(before, after, ran, log[0]["grad_norm"])
-
-    def _backward(self, model, head, rows, ids, case, step, cut, float_sums, hooks) -> None:
-        """All micro-batches of one global batch."""
-        order = cut if hooks.order is None else hooks.order(cut)
-        with contextlib.nullcontext() if float_sums else fastlora.exact(model):
-            for i, part in enumerate(order):
-                seed = case.seed if hooks.seed is None else hooks.seed(case.seed, i)
-                batch = packing.collate(
-                    [rows[j] for j in part],
-                    [ids[j] for j in part],
-                    self.alignment,
-                    self.device,
-                    seed=seed,
-                    step=step,
-                )
-                with stream.use(batch.stream):
-                    hidden = head.decoder(batch.input_ids, batch.position_ids)
-                    loss, supervised = linear_cross_entropy(
-                        hidden[0],
-                        head.weight,
-                        batch.labels,
-                        softcap=head.softcap,
-                        logit_scale=head.logit_scale,
-                    )
-                    (loss if hooks.weigh is None else hooks.weigh(loss, int(supervised))).backward()
-                if hooks.after_backward is not None:
-                    hooks.after_backward(model, i)
-
-
-def _rows(case: TrainCase, step: int) -> list:
-    """The step's rows with their end token, built without text; the prompt is not supervised."""
-    return [
-        make_row([*ids, END], [i >= case.prompt for i in range(len(ids) + 1)], line, "text")
-        for line, ids in enumerate(token_rows(case, step), 1)
-    ]
-
-
-def _copy(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: t.detach().cpu().clone() for name, t in tensors.items()}
-
-
-def _gradients(model: nn.Module, tokens: float, float_sums: bool) -> dict[str, torch.Tensor]:
-    """The gradient of the mean, as the optimiser will see it."""
-    found = {}
-    if float_sums:
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                found[name] = (parameter.grad.double() / tokens).float().cpu()
-        return found
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A") and getattr(module, "sums", None) is not None:
-            for factor, total in zip(("lora_A", "lora_B"), module.sums):
-                found[f"{name}.{factor}.weight"] = total.gradient(tokens).cpu()
-    return found
 
 
 def built_in(device: str) -> list[Subject]:
@@ -386,7 +253,8 @@ def built_in(device: str) -> list[Subject]:
     def add(name: str, where: str, tag: str) -> None:
         linear, rows = (kind(where, (fp32, *half)) for kind in (FastloraLinear, FastloraOperations))
         parts = linear, FastloraAdamW(where), FastloraTrainer(where)
-        subjects.append(Subject(name, where, *parts, (tag,), rows))
+        listed, refused = functools.partial(refusals, where), (InputError, TrainingError)
+        subjects.append(Subject(name, where, *parts, (tag,), rows, FastloraFiles(), listed, refused))
 
     if device in ("auto", "cpu"):
         add("fastlora reference", "cpu", "reference")

@@ -48,11 +48,15 @@ def token_rows(case: TrainCase, step: int) -> list[list[int]]:
     return [torch.randint(2, VOCABULARY, (n,), generator=draw).tolist() for n in case.lengths]
 
 
+def supervised(case: TrainCase, index: int) -> int:
+    """Tokens of sequence ``index`` whose loss counts: all but the prompt, or the first token where there is none; the
+    end token is one of them; none of a masked sequence."""
+    return 0 if index in case.masked else case.lengths[index] + 1 - max(case.prompt, 1)
+
+
 def supervised_tokens(case: TrainCase) -> int:
-    """Of one global batch, counted here: all but the prompt, or the first token where there is
-    none; the
-    end token is one of them."""
-    return sum(length + 1 - max(case.prompt, 1) for length in case.lengths)
+    """Those of one global batch, counted here."""
+    return sum(supervised(case, index) for index in range(len(case.lengths)))
 
 
 def write_rows(path: pathlib.Path, case: TrainCase, order: tuple[int, ...]) -> None:

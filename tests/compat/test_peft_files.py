@@ -11,8 +11,8 @@ import torch
 import fastlora.config
 from fastlora.adapter import adapter_state, load_adapter, save_adapter
 from fastlora.inject import inject, lora_layers
-from tests.compat.logit_bound import logit_bound
 from tests.models import tiny_model, tokens
+from verify.logits import logit_bound
 
 VOCABULARY = 40
 IDS = tokens(1, 5, VOCABULARY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from verify.claims import accuracy, invariance, splits, updates
+from verify.claims import accuracy, gradients, guards, invariance, parity, repeat, splits, updates
 
-CLAIMS: dict[str, ModuleType] = {m.NAME: m for m in (accuracy, splits, updates, invariance)}
+_MODULES = (accuracy, splits, updates, repeat, invariance, gradients, guards, parity)
+CLAIMS: dict[str, ModuleType] = {module.NAME: module for module in _MODULES}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 
-from verify import graphs, oracle
+from verify import graphs, oracle, relations
 from verify.claims.outcome import Budget, Outcome
 from verify.judge import around, judge
 from verify.oracle.linear import scale_of
@@ -14,11 +15,14 @@ from verify.subject import EXACT, LinearInputs, LinearResult, Refused, Subject
 NAME = "accuracy"
 STATEMENT = (
     "Every element of y, dx, dA and dB of the LoRA linear, in every mode, lies within the rounding "
-    "bound of its own operation graph around a float64 oracle; the LoRA part is judged alone too."
+    "bound of its own operation graph around a float64 oracle; the LoRA part is judged alone too; and permuted tokens, a "
+    "moved scale, a rank split or padded and projections joined give what algebra says."
 )
 
 # Outputs that must come in the working dtype; dA and dB are of the declared dtype of token sums.
 OUTPUTS = ("y", "dx", "da", "db")
+# Of so many cases one is tried in other shapes too, which takes some ten calls.
+RELATED = 4
 
 
 def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
@@ -30,14 +34,21 @@ def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
         return out
     names = tuple(name for name, dtype in DTYPES.items() if dtype in part.dtypes)
     alone = refused = 0
+    kinds, tried = Counter(), Counter()
     for case in endless("linear", names, seed, getattr(part, "cases_a_shape", 1)):
         if not budget.more(out.cases) or (budget.stop_at_failure and out.failures):
             break
         out.cases += 1
         out.tags |= {subject.device, case.dtype, *subject.tags}
         alone += case.values in ("lora_alone", "grid")
+        kinds[case.values] += 1
         refused += sum(_one(subject, case, mode, out) for mode in part.modes)
+        if out.cases % RELATED == 1 and not case.dropout:
+            _related(subject, case, part.modes[out.cases // RELATED % len(part.modes)], out, tried)
     out.note(f"LoRA part alone (W = 0, or integers where the base product is exact): {alone} cases")
+    if tried:
+        out.note("relations tried: " + ", ".join(f"{name} {tried[name]}" for name in relations.RELATIONS))
+    out.note("values: " + ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items())))
     if out.worst == 1:
         out.note(
             "a share of 1 is one rounding at its very edge: halfway cases meet a bound that is tight"
@@ -73,6 +84,25 @@ def _one(subject: Subject, case: LinearCase, mode: str, out: Outcome) -> bool:
         if judged.skipped:
             out.note("elements whose exact value overflows the dtype are not judged")
     return False
+
+
+def _related(subject: Subject, case: LinearCase, mode: str, out: Outcome, tried: Counter) -> None:
+    """The relations between calls that need no oracle."""
+    inputs, part = case.inputs(subject.device), subject.linear
+    where = f"{subject.name}, {mode}, {case!r}"
+    try:
+        seen = set()
+        for name, (failed, share, sentence) in relations.related(part, inputs, mode, part.run(inputs, mode)):
+            seen.add(name)
+            if failed is None:
+                out.share(share, f"{name}: {sentence}, {share:.3g} of the bound; {where}")
+            else:
+                out.check(not failed, f"{name}: {sentence}; {where}")
+        tried.update(seen)
+    except Refused:
+        return
+    except Exception as error:
+        out.fail(f"raised {type(error).__name__}: {error}; relations of {where}")
 
 
 def bounds_of(

@@ -41,13 +41,13 @@ def same_bits(one: torch.Tensor, two: torch.Tensor) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Document:
+class Document:
     id: int
     x: torch.Tensor
     dy: torch.Tensor
 
 
-class _Pen:
+class Pen:
     """Draws a case's documents, fillers and garbage, and packs streams of them."""
 
     def __init__(self, case: RowsCase, operation: Operation, alignment: int, device: str) -> None:
@@ -55,14 +55,14 @@ class _Pen:
         self.draw, self.dtype = torch.Generator().manual_seed(case.seed), DTYPES[case.dtype]
         self.made = 0
 
-    def document(self, length: int) -> _Document:
+    def document(self, length: int) -> Document:
         """``length`` rows of normal numbers and their upstream gradient."""
         self.made += 1
         shapes = (length, self.operation.features), (length, self.operation.outputs)
         x, dy = (torch.randn(shape, generator=self.draw) for shape in shapes)
-        return _Document(1000 + self.made, (x * self.case.size).to(self.dtype), dy.to(self.dtype))
+        return Document(1000 + self.made, (x * self.case.size).to(self.dtype), dy.to(self.dtype))
 
-    def fillers(self, rows: int) -> list[_Document]:
+    def fillers(self, rows: int) -> list[Document]:
         """Other documents that take exactly ``rows`` rows with their padding."""
         found = []
         while rows > 0:
@@ -82,7 +82,7 @@ class _Pen:
         # At most 4 of these away from 0, where fp16 has room for it.
         return (torch.randn(rows, columns, generator=self.draw).clamp(-4, 4) * size).to(self.dtype)
 
-    def pack(self, documents: list[_Document], garbage: bool) -> Packed:
+    def pack(self, documents: list[Document], garbage: bool) -> Packed:
         """One stream of ``documents``."""
         xs, dys = [], []
         for document in documents:
@@ -130,7 +130,7 @@ def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
 def _one(subject: Subject, operation: Operation, case: RowsCase, out: Outcome, where: str, totals: set[int]) -> None:
     """Every document of a case in every stream against itself alone."""
     part = subject.operations
-    pen = _Pen(case, operation, part.alignment, subject.device)
+    pen = Pen(case, operation, part.alignment, subject.device)
     documents = [pen.document(length) for length in case.lengths]
 
     def result(packed: Packed) -> list[dict[str, torch.Tensor]]:
@@ -158,14 +158,14 @@ def _one(subject: Subject, operation: Operation, case: RowsCase, out: Outcome, w
         _rows_alone(pen, documents, alone, result, case, out, where)
 
 
-def _is_a_result(document: _Document, found: dict, out: Outcome, where: str) -> None:
+def _is_a_result(document: Document, found: dict, out: Outcome, where: str) -> None:
     for name, tensor in found.items():
         out.check(bool(tensor.isfinite().all()), f"control: {name} alone is not finite; {where}")
         # One token is its own attention: a query that chooses nothing has no gradient, but values have.
         out.check(len(document.x) < 8 or bool(tensor.any()), f"control: {name} alone is all zeros; {where}")
 
 
-def _streams(pen: _Pen, documents: list, sizes: tuple[int, ...], case: RowsCase) -> Iterator[tuple[str, Packed, int]]:
+def _streams(pen: Pen, documents: list, sizes: tuple[int, ...], case: RowsCase) -> Iterator[tuple[str, Packed, int]]:
     """(name, stream, threads on a CPU) of everything that a document is put into."""
     for document in documents:
         yield "alone beside garbage padding", pen.pack([document], True), 1
@@ -181,7 +181,7 @@ def _streams(pen: _Pen, documents: list, sizes: tuple[int, ...], case: RowsCase)
             yield f"row {before} of a stream of {size}", pen.pack(stream, True), 1 + i % 2
 
 
-def _rows_alone(pen: _Pen, documents, alone, result, case: RowsCase, out: Outcome, where: str) -> None:
+def _rows_alone(pen: Pen, documents, alone, result, case: RowsCase, out: Outcome, where: str) -> None:
     """A document cut in two, and one of its rows alone."""
     for document in documents:
         length = len(document.x)
@@ -190,7 +190,7 @@ def _rows_alone(pen: _Pen, documents, alone, result, case: RowsCase, out: Outcom
         if at:
             cut[f"cut at row {at}"] = [slice(0, at), slice(at, length)]
         for told, parts in cut.items():
-            pieces = [_Document(document.id + 500 + i, document.x[p], document.dy[p]) for i, p in enumerate(parts)]
+            pieces = [Document(document.id + 500 + i, document.x[p], document.dy[p]) for i, p in enumerate(parts)]
             for piece, rows in zip(pieces, parts):
                 own = result(pen.pack([piece], True))[0]
                 wanted = {name: tensor[rows] for name, tensor in alone[document.id].items()}

@@ -2,7 +2,8 @@
 
 With the controls without which one digest proves nothing: the cuts that ran differ, everything
 moved, float sums on the same cuts give more than one digest, and dropout 0.1 gives another result
-than 0.
+than 0. One digest can be that of a wrong divisor too: the ways in which real trainers divided wrongly are told
+apart by name (``verify/ways.py``).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from verify import graphs
+from verify import graphs, ways
 from verify.bounds import Bounded, gamma, store, unit_roundoff
 from verify.claims.outcome import Budget, Outcome
 from verify.judge import judge
@@ -24,16 +25,18 @@ from verify.subject import EXACT, GRAD, Cut, Documents, SplitResult, Subject, Tr
 
 NAME = "splits"
 STATEMENT = (
-    "Cutting a global batch into micro-batches in any sizes and order gives the same bits of dA, dB, y "
-    "and dx, and of the adapter after N steps, for subjects that claim it, and gradients within their "
-    "bound for the others; the cuts that ran differ, every tensor moved, float sums on the same cuts "
-    "differ, and dropout changes the result."
+    "Cutting a global batch into micro-batches of any sizes and order, empty ones too, on one process or several, gives the "
+    "same bits of dA, dB, y and dx, and of the adapter after N steps, for subjects that claim it, and gradients within "
+    "their bound for the others; they are those of the mean over supervised tokens; the cuts that ran differ, every tensor "
+    "moved, float sums on the same cuts differ, and dropout changes the result."
 )
 
 # Of this many cases in a row the last trains a model and the others cut a single linear.
 ROUND = 4
 # float sums of one batch may agree by chance on a small one; over this many batches they do not.
 ENOUGH_FOR_FLOATS = 3
+# Processes that are simulated by summing; never more than there are documents.
+WORLDS = (2, 3)
 
 
 @dataclass
@@ -121,24 +124,25 @@ def _linear(subject: Subject, case: SplitCase, out: Outcome, floats: _Floats) ->
     x, dy, (weight, a, b) = _documents(case, subject.device)
     cuts = cuts_of(len(case.lengths), case.seed)
 
+    def documents(group: tuple[int, ...], dropout: float) -> Documents:
+        if not group:
+            # An empty micro-batch: one document of no rows.
+            return Documents((999,), [x[0][:0]], [dy[0][:0]], weight, a, b, 8.0, dropout, case.seed)
+        ids, xs, dys = tuple(1000 + i for i in group), [x[i] for i in group], [dy[i] for i in group]
+        return Documents(ids, xs, dys, weight, a, b, 8.0, dropout, case.seed)
+
     def go(cut: Cut, mode: str, dropout: float = case.dropout) -> SplitResult:
-        parts = [
-            Documents(
-                tuple(1000 + i for i in group),
-                [x[i] for i in group],
-                [dy[i] for i in group],
-                weight,
-                a,
-                b,
-                8.0,
-                dropout,
-                case.seed,
-            )
-            for group in cut
-        ]
-        return part.accumulate(parts, mode)
+        return part.accumulate([documents(group, dropout) for group in cut], mode)
 
     results = {name: go(cut, mode) for name, cut in cuts.items()}
+    first_two = cuts["one each"][:2]
+    cuts["with an empty micro-batch"] = (*first_two, (), *cuts["one each"][2:])
+    results["with an empty micro-batch"] = go(cuts["with an empty micro-batch"], mode)
+    if hasattr(part, "world"):
+        for count in WORLDS:
+            name, cut = f"one each on {count} processes", cuts["one each"]
+            ranks = [[documents(group, case.dropout) for group in cut[rank::count]] for rank in range(count)]
+            cuts[name], results[name] = cut, part.world(ranks, mode)
     where = f"{subject.name}, {case!r}"
     _cuts_differ({name: r.ran for name, r in results.items()}, cuts, out, where)
     first = results["all"]
@@ -178,7 +182,7 @@ def _within_bound(
     """Integer sums are rounded once; float sums once a micro-batch, and once more when it is added."""
     x, dy, weight, a, b = tensors
     rules, scale = part.roundings(DTYPES[case.dtype], mode), scale_of(8.0, case.r, False)
-    groups = [tuple(i for group in cut for i in group)] if rules.fixed_point else cut
+    groups = [tuple(i for group in cut for i in group)] if rules.fixed_point else [g for g in cut if g]
     sums: dict[str, Bounded] = {}
     for group in groups:
         bounds = graphs.lora_linear(
@@ -217,6 +221,7 @@ def _model(subject: Subject, case: TrainCase, out: Outcome, floats: _Floats) -> 
     """One training under many cuts, with and without dropout, with one and two threads on CPU."""
     trainer, where = subject.trainer, f"{subject.name}, {case!r}"
     cuts = cuts_of(len(case.lengths), case.seed)
+    _named_way(trainer, case, cuts, out, where)
     finals = {}
     for dropout in (0.0, 0.1):
         wet = dataclasses.replace(case, dropout=dropout)
@@ -225,6 +230,10 @@ def _model(subject: Subject, case: TrainCase, out: Outcome, floats: _Floats) -> 
             two = dataclasses.replace(wet, threads=2)
             results["pairs, two threads"] = trainer.train(two, cuts["pairs"])
         by_cut = cuts | {"pairs, two threads": cuts["pairs"]}
+        for world in getattr(trainer, "worlds", (1,))[1:]:
+            name = f"one each, {world} processes"
+            results[name] = trainer.train(dataclasses.replace(wet, world=world), cuts["one each"])
+            by_cut[name] = cuts["one each"]
         for step in range(case.steps):
             ran = {name: r.ran[step] for name, r in results.items()}
             _cuts_differ(ran, by_cut, out, f"step {step + 1}, dropout {dropout}, {where}")
@@ -251,6 +260,24 @@ def _model(subject: Subject, case: TrainCase, out: Outcome, floats: _Floats) -> 
         trainer.train(case, cuts[name], float_sums=True) for name in ("all", "one each", "pairs")
     ]
     floats.differed += len({md5_of_tensors(r.gradients[-1]) for r in some}) > 1
+
+
+def _named_way(trainer, case: TrainCase, cuts: dict[str, Cut], out: Outcome, where: str) -> None:
+    """What the first step's gradients were divided by, without a prompt, with one, and with a sequence that has no
+    supervised token, which alone is an empty micro-batch."""
+    probes = []
+    worlds = getattr(trainer, "worlds", (1,))[:2]
+    for changes in ({"prompt": 0}, {"prompt": 2, "masked": (0,)}):
+        one = dataclasses.replace(case, steps=1, **changes)
+        expected = None
+        for name, world in [("all", 1), ("one each", worlds[-1]), ("pairs", 1), ("uneven, shuffled", 1)]:
+            result = trainer.train(dataclasses.replace(one, world=world), cuts[name])
+            if expected is None:
+                expected = ways.sequences(one, result.before, trainer.alignment)
+            flat = torch.cat([result.gradients[0][key].double().flatten() for key in result.before])
+            probes.append((expected, cuts[name], flat))
+    found = ways.name_of(probes)
+    out.share(found.right / found.allowed, f"divided wrongly: {found.sentence()}; {where}")
 
 
 def _whole_runs(trainer, case: TrainCase, pieces: TrainResult, out: Outcome, where: str) -> None:

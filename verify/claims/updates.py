@@ -64,16 +64,7 @@ def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
 
 def _steps(subject: Subject, case: OptimizerCase, out: Outcome) -> int:
     """Drawn gradients: every parameter after every step against the oracle."""
-    draw = torch.Generator().manual_seed(case.seed)
-    shapes = {"lora_A": (5, 67), "lora_B": (129, 5)}
-    before = {name: torch.randn(shape, generator=draw) / 8 for name, shape in shapes.items()}
-    gradients = [
-        {name: torch.randn(shape, generator=draw) * case.size for name, shape in shapes.items()}
-        for _ in range(case.steps)
-    ]
-    if case.zero_b:
-        before["lora_B"].zero_()
-        gradients[0]["lora_A"].zero_()
+    before, gradients = case.tensors()
     after = subject.optimizer.run(before, gradients, case.hyper)
     where = f"{subject.name}, {case!r}"
     doubtful = _against_oracle(subject, before, after, gradients, case.hyper, out, where)

@@ -11,14 +11,17 @@ The Jacobian is taken by automatic differentiation of the whole model, the local
 textbook ones (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1: gamma_n
 = n u / (1 - n u), u = 2^-24):
 
-    linear layer with adapter    gamma_(K + r + 4)  (|x| |W|^T + s |x| |A|^T |B|^T + |bias|) linear
-    layer                 gamma_(K + 1)      (|x| |W|^T + |bias|) RMS norm over H elements
-    gamma_(H + 8)      |out| gate * up after SiLU         gamma_8            |value|     (seen at
-    down_proj's input) residual sums                gamma_2            |value|     (at the second
-    norm's input, at a layer's output) attention before o_proj      scores carry gamma_(D + 12) |q|
-    |k| / sqrt(D), which moves every probability by
-                                 twice that, relatively; then T products with values: in all
-                                 (2 * scores + gamma_(T + 12)) * max |v|
+    linear layer with adapter         gamma_(K + r + 4) (|x| |W|^T + s |x| |A|^T |B|^T + |bias|)
+    linear layer                      gamma_(K + 1) (|x| |W|^T + |bias|)
+    RMS norm over H elements          gamma_(H + 8) |out|
+    gate * up after SiLU              gamma_8 |value|   (seen at down_proj's input)
+    residual sums                     gamma_2 |value|   (at the second norm's input, at a layer's output)
+    attention before o_proj           scores carry gamma_(D + 12) |q| |k| / sqrt(D), which moves every probability by
+                                      twice that, relatively; then T products with values: in all
+                                      (2 * scores + gamma_(T + 12)) * max |v|
+
+A merged layer is inside too: W + s B A in fp32 is off by gamma_(r + 3) (|W| + s |B| |A|) at most, and its product with x
+by gamma_K of the same terms.
 
 Two implementations may err in opposite directions, so their distance is at most twice this; the
 second-order terms are smaller than the first by a factor of about 1e-5 here, which the rounding up
@@ -30,11 +33,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-UNIT = 2.0**-24
+from verify import bounds
 
 
 def gamma(terms: int) -> float:
-    return terms * UNIT / (1 - terms * UNIT)
+    """gamma_n of fp32."""
+    return float(bounds.gamma(terms, bounds.unit_roundoff(torch.float32)))
 
 
 def logit_bound(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -85,13 +89,13 @@ def logit_bound(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     finally:
         for hook in hooks:
             hook.remove()
-    units = torch.eye(logits.numel()).view(-1, *logits.shape)
+    units = torch.eye(logits.numel(), device=logits.device).view(-1, *logits.shape)
     jacobians = torch.autograd.grad(
         logits, [value for value, _ in values], units, is_grads_batched=True
     )
     total = torch.zeros(logits.numel(), dtype=torch.float64)
     for jacobian, (_, local) in zip(jacobians, values, strict=True):
-        total += jacobian.flatten(1).abs().double() @ local.flatten().double()
+        total += (jacobian.flatten(1).abs().double() @ local.flatten().double()).cpu()
     return 2 * total.view(logits.shape)
 
 
