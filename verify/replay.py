@@ -68,7 +68,7 @@ def replay(subject: Subject, claim: str, case, seed: int = 0) -> Outcome:
     """The claim on this case alone. Parts of the subject that are not for it are left out."""
     part = PARTS[type(case)]
     if getattr(subject, part) is None:
-        raise BadSubject(f"--case: {type(case).__name__} is for a {part}; {subject.name} has none")
+        raise BadSubject(f"--case: {type(case).__name__} needs the part {part!r}; {subject.name} has none")
     keep = {part, "optimizer"} if part == "trainer" else {part}
     others = {"linear", "optimizer", "trainer", "operations", "files", "refusals"} - keep
     alone = dataclasses.replace(subject, **{name: None for name in others if hasattr(subject, name)})

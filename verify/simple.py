@@ -28,7 +28,8 @@ class FunctionLinear:
         dtypes: working dtypes to try.
         roundings: where it rounds, for a working dtype; by default every intermediate is in the working dtype.
         cast: whether A and B (fp32) are cast to the working dtype before the call.
-        dropout: whether it takes a mask; if not, cases with dropout are run and judged without.
+        dropout: whether it takes a mask; if not, calls with dropout are run and judged without, and where cuts of a batch are
+            compared the harness drops elements of x itself.
         bitwise_splits: whether it claims equal bits under every cut of a batch.
     """
 
@@ -70,8 +71,12 @@ class FunctionLinear:
         da, db, rows, ran = 0.0, 0.0, {}, []
         for part in parts:
             tokens = torch.cat([torch.arange(len(d)) + (i << 32) for i, d in zip(part.ids, part.x)])
+            x = torch.cat(part.x)
+            if part.dropout and not self.dropout:
+                keep = keep_mask(part.seed, tokens, x.shape[1], part.dropout).to(x.device)
+                x = torch.where(keep, x / (1 - part.dropout), 0.0).to(x.dtype)
             inputs = LinearInputs(
-                torch.cat(part.x), part.weight, part.a, part.b, None, torch.cat(part.dy), part.alpha, False, part.dropout,
+                x, part.weight, part.a, part.b, None, torch.cat(part.dy), part.alpha, False, part.dropout,
                 tokens, part.seed,
             )  # fmt: skip
             result = self.run(inputs, GRAD)
