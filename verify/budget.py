@@ -39,7 +39,10 @@ class Timed(Budget):
         """Whether to begin another case after ``done`` of them."""
         now = time.monotonic() - self.begun
         if done > self.done:
-            self.longest, self.last, self.done = max(self.longest, now - self.last), now, done
+            # The first case also draws the list of them all, so it says little about the others.
+            taken = now - self.last
+            self.longest = taken if self.done <= 1 else max(self.longest, taken)
+            self.last, self.done = now, done
         if not super().more(done):
             return False
         return done == 0 or self.seconds is None or self.seconds - now > self.longest / 2

@@ -8,25 +8,40 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
+import itertools
+import pkgutil
 import re
 import time
 from collections.abc import Iterator
 from unittest import mock
 
+import verify
 from verify import strategies
+from verify import subject as protocol
 from verify.budget import Timed
 from verify.claims import CLAIMS
 from verify.claims.outcome import Outcome
+from verify.mutants.base import PARTS
 from verify.oracle.adamw import Hyper
-from verify.strategies import LinearCase, OptimizerCase, RowsCase, SplitCase
-from verify.subject import BadSubject, Subject, TrainCase
+from verify.subject import BadSubject, Subject
 
 # Which part of a subject a case is for.
-PARTS = {LinearCase: "linear", SplitCase: "linear", RowsCase: "operations", OptimizerCase: "optimizer", TrainCase: "trainer"}
-NAMES = {kind.__name__: kind for kind in (*PARTS, Hyper)}
+PART_OF = {
+    "LinearCase": "linear", "SplitCase": "linear", "RowsCase": "operations", "OptimizerCase": "optimizer",
+    "TrainCase": "trainer", "AdapterCase": "files",
+}  # fmt: skip
 # What a simpler case has in place of these.
 PLAIN = {"values": "normal", "layout": "plain", "dtype": "fp32"}
 MOST_TRIES = 60
+LOOKS = 8
+
+
+def _kinds() -> dict[str, type]:
+    """Case classes by name, from ``verify.subject`` and every module of strategies."""
+    names = [m.name for m in pkgutil.iter_modules(verify.__path__) if m.name.startswith("strategies")]
+    modules = [protocol, *(importlib.import_module(f"verify.{name}") for name in names)]
+    return {name: getattr(m, name) for name in PART_OF for m in modules if hasattr(m, name)}
 
 
 def parse(text: str):
@@ -36,9 +51,12 @@ def parse(text: str):
         BadSubject: it is no case.
     """
 
+    kinds = _kinds()
+    names = {**kinds, "Hyper": Hyper}
+
     def build(node):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in NAMES and not node.args:
-            return NAMES[node.func.id](**{k.arg: build(k.value) for k in node.keywords})
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names and not node.args:
+            return names[node.func.id](**{k.arg: build(k.value) for k in node.keywords})
         if isinstance(node, ast.Tuple):
             return tuple(build(item) for item in node.elts)
         return ast.literal_eval(node)
@@ -47,14 +65,14 @@ def parse(text: str):
         case = build(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError, TypeError) as error:
         raise BadSubject(f"--case: {text!r}: {error}; allowed is a case as a failure prints it") from error
-    if type(case) not in PARTS:
-        raise BadSubject(f"--case: {text!r}; allowed is one of {', '.join(kind.__name__ for kind in PARTS)}")
+    if type(case).__name__ not in kinds:
+        raise BadSubject(f"--case: {text!r}; allowed is one of {', '.join(kinds)}")
     return case
 
 
 def in_sentence(sentence: str):
     """The last case in a failure's sentence, or None."""
-    starts = [m.start() for m in re.finditer(rf"\b(?:{'|'.join(k.__name__ for k in PARTS)})\(", sentence)]
+    starts = [m.start() for m in re.finditer(rf"\b(?:{'|'.join(PART_OF)})\(", sentence)]
     for start in reversed(starts):
         depth = 0
         for end in range(start, len(sentence)):
@@ -66,18 +84,33 @@ def in_sentence(sentence: str):
 
 def replay(subject: Subject, claim: str, case, seed: int = 0) -> Outcome:
     """The claim on this case alone. Parts of the subject that are not for it are left out."""
-    part = PARTS[type(case)]
-    if getattr(subject, part) is None:
+    part = PART_OF[type(case).__name__]
+    if getattr(subject, part, None) is None:
         raise BadSubject(f"--case: {type(case).__name__} needs the part {part!r}; {subject.name} has none")
     keep = {part, "optimizer"} if part == "trainer" else {part}
-    others = {"linear", "optimizer", "trainer", "operations", "files", "refusals"} - keep
+    others = set(PARTS) - keep
     alone = dataclasses.replace(subject, **{name: None for name in others if hasattr(subject, name)})
     if part == "operations":
         only = _Only(alone.operations, (alone.operations.operations[case.operation],))
         alone = dataclasses.replace(alone, operations=only)
         case = dataclasses.replace(case, operation=0)
-    with mock.patch.object(strategies, "ordered", lambda *arguments, **more: (case,)):
-        return CLAIMS[claim].run(alone, Timed(cases=1), seed)
+    asked = itertools.count()
+
+    def ordered(*arguments, **more):
+        # A claim looks one case ahead; one that takes no case of this kind would look for ever.
+        if next(asked) >= LOOKS:
+            raise _NotTaken
+        return (case,)
+
+    try:
+        with mock.patch.object(strategies, "ordered", ordered):
+            return CLAIMS[claim].run(alone, Timed(cases=1), seed)
+    except _NotTaken:
+        return Outcome(claim, CLAIMS[claim].STATEMENT, subject.name, reason=f"the claim does not take {case!r}")
+
+
+class _NotTaken(BaseException):
+    """Not an Exception: claims report those as failures of the subject."""
 
 
 class _Only:

@@ -18,7 +18,7 @@ def test_sound(verify_claim):
     assert verify_claim(SUBJECT, "accuracy").cases == 3
 
 def test_named(verify_claim):
-    verify_claim("verify.plain:SUBJECT", "updates")
+    verify_claim("verify.plain:SUBJECT", "accuracy")
 
 def test_faulty(verify_claim):
     verify_claim(FAULTY, "accuracy")
@@ -50,6 +50,6 @@ def test_example_is_about_forty_lines_and_passes():
     path = ROOT / "examples" / "verify_my_kernel.py"
     code = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     assert len(code) <= 48
-    told = pytest_of(path)
+    told = pytest_of(path, "--verify-cases", "2")
     assert "2 passed, 1 skipped" in told, told
     assert "updates not tried: the subject has no optimiser" in told

@@ -52,7 +52,8 @@ def _attached_wrong(change: Callable[[dict], dict]) -> Callable:
 
 def _one_missed(config: dict) -> dict:
     targets = config.get("target_modules")
-    return {**config, "target_modules": sorted(targets)[1:]} if isinstance(targets, list | tuple | set) else config
+    several = isinstance(targets, list | tuple | set) and len(targets) > 1
+    return {**config, "target_modules": sorted(targets)[1:]} if several else config
 
 
 def _one_bit(tensors: dict) -> dict:
