@@ -104,6 +104,8 @@ MUTANTS = (
            "openai/guided-diffusion#167", group="trainer"),
     _fault("dB of the unscaled S", "dB misses the scale", in_result(lambda i, r, d: replace(r, db=r.db / _scale(i)))),
     _fault("scale twice in dA", "dA has the scale squared", in_result(lambda i, r, d: replace(r, da=r.da * _scale(i)))),
+    Mutant("gradients clamped in the kernel", "dA is cut to [-1, 1], so it is not linear in dY", "linear", "gradients",
+           in_result(lambda i, r, d: replace(r, da=r.da.clamp(-1, 1)))),
     _injection("lm_head's adapter dropped", "a fused loss reads the frozen weight: the adapter has no effect and no gradient",
                in_result(_head_dropped), "huggingface/trl#4612"),
     _injection("second adapter dropped", "of two adapters on one layer only the first is applied", _one_block,
