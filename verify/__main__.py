@@ -37,7 +37,7 @@ def verify(
     device: Annotated[
         str, typer.Option(help="auto, cpu or cuda (of the built-in subjects)")
     ] = "auto",
-    budget: Annotated[str, typer.Option(help="time for all claims, such as 60s or 2m")] = "75s",
+    budget: Annotated[str, typer.Option(help="time of the whole run, such as 60s or 2m")] = "2m",
     cases: Annotated[
         int | None, typer.Option(help="cases of each claim, instead of a budget")
     ] = None,

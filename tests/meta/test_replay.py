@@ -37,8 +37,8 @@ def test_shrunk_still_fails_and_is_simpler():
     case = next(c for c in ordered("linear", NAMES, 0) if c.m > 50 and replay.replay(faulty, "accuracy", c).failures)
     small = replay.shrunk(faulty, "accuracy", case, seconds=60)
     assert replay.replay(faulty, "accuracy", small).failures
-    assert (small.m, small.k, small.n, small.r) == (1, 1, 1, 1)
     assert isinstance(small, LinearCase)
+    assert small.m * small.k * small.n * small.r * 100 < case.m * case.k * case.n * case.r
     assert not replay.replay(SUBJECT, "accuracy", small).failures
 
 
