@@ -2,20 +2,28 @@
 caught.
 
 Exit 0: every claim that could be tried held. 1: a failure, a surviving fault, or a required word
-not covered. 2: bad input, said in the last line.
+not covered. 2: bad input, said in the last line. 130: interrupted; the report holds what was tried.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from verify import own_model, report, runner
+from verify import BEGUN, own_model, replay, report, runner, seeds, terminal
+from verify import budget as times
 from verify.claims import CLAIMS
+from verify.runner import Found
 from verify.subject import BadSubject
+
+# What is left of a budget for the report.
+FOR_REPORT = 0.5
+# At most so much is spent on making a failing case smaller, when there is no budget.
+SHRINK_SECONDS = 20.0
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -29,7 +37,7 @@ def verify(
     device: Annotated[
         str, typer.Option(help="auto, cpu or cuda (of the built-in subjects)")
     ] = "auto",
-    budget: Annotated[str, typer.Option(help="time for all claims, such as 60s or 2m")] = "75s",
+    budget: Annotated[str, typer.Option(help="time of the whole run, such as 60s or 2m")] = "2m",
     cases: Annotated[
         int | None, typer.Option(help="cases of each claim, instead of a budget")
     ] = None,
@@ -40,6 +48,12 @@ def verify(
     mutants: Annotated[
         bool, typer.Option("--mutants", help="plant faults; a survivor fails")
     ] = False,
+    case: Annotated[
+        str | None, typer.Option(help="one case as a failure prints it, with one --claim")
+    ] = None,
+    seeds_: Annotated[
+        int | None, typer.Option("--seeds", help="this many seeds from --seed on, --cases of each claim")
+    ] = None,
     output: Annotated[str, typer.Option(help="where the report goes")] = "verify-report.json",
     model: Annotated[str | None, typer.Option(help="folder of your own model, for --claim splits")] = None,
     data: Annotated[str | None, typer.Option(help="your own rows (JSONL), with --model")] = None,
@@ -56,10 +70,17 @@ def verify(
         raise BadSubject(f"--device: {device!r}; allowed are auto, cpu and cuda")
     if cases is not None and cases < 1:
         raise BadSubject(f"--cases: {cases}; allowed is 1 or more")
-    seconds = runner.seconds_of(budget) if cases is None else None
+    if seeds_ is not None and seeds_ < 1:
+        raise BadSubject(f"--seeds: {seeds_}; allowed is 1 or more")
+    if case is not None and (claim is None or len(claim) != 1):
+        raise BadSubject("--case: allowed with exactly one --claim")
+    single = None if case is None else replay.parse(case)
+    seconds = times.seconds_of(budget) if cases is None else None
     own = any(value is not None for value in (model, data, splits))
     if own:
-        others = {"--subject": subject, "--cases": cases, "--mutants": mutants}
+        others = {
+            "--subject": subject, "--cases": cases, "--mutants": mutants, "--case": case, "--seeds": seeds_
+        }  # fmt: skip
         cuts, names = own_model.check(model, data, splits, claim, others), ["splits"]
         subjects = []
     else:
@@ -80,39 +101,65 @@ def verify(
     console = Console()
     told = ", ".join(s.name for s in subjects) or model or "none"
     console.print(f"seed {seed}; subjects: {told}")
-    outcomes, kills = [], []
-    if own:
-        outcomes = own_model.run(own_subject, cuts)
-        report.print_claims(console, outcomes)
-    elif mutants:
+    found = Found()
 
-        def after_kill(found) -> None:
-            report.write(output, report.as_dict(settings, [], found, finished=False))
+    def keep(finished: bool) -> str:
+        return report.write_both(output, report.as_dict(settings, found, finished))
 
-        kills = runner.run_mutants(subjects, seed, after_kill)
-        report.print_kills(console, kills)
-    elif not subjects:
-        outcomes = runner.nothing_to_run(names, f"no subject on this machine for --device {device}")
-        report.print_claims(console, outcomes)
-    else:
-
-        def after_claim(found) -> None:
-            report.write(output, report.as_dict(settings, found, [], finished=False))
-
-        outcomes = runner.run_claims(
-            subjects, names, seconds=seconds, cases=cases, seed=seed, after_each=after_claim
-        )
-        report.print_tensors(console, outcomes)
-        report.print_claims(console, outcomes)
-    report.write(output, report.as_dict(settings, outcomes, kills, finished=True))
-    bad = runner.failed(outcomes, kills)
+    keep(False)
+    try:
+        with times.terminated_like_interrupted():
+            if own:
+                found.outcomes += own_model.run(own_subject, cuts)
+            elif single is not None:
+                found.outcomes += [replay.replay(s, names[0], single, seed) for s in subjects]
+            elif seeds_ is not None:
+                seeds.run(subjects, names, range(seed, seed + seeds_), cases or 2, found, lambda: keep(False))
+            elif mutants:
+                runner.run_mutants(subjects, seed, lambda _: keep(False), found)
+            elif not subjects:
+                found.outcomes += runner.nothing_to_run(names, f"no subject on this machine for --device {device}")
+            else:
+                left = None if seconds is None else seconds - (time.monotonic() - BEGUN) - FOR_REPORT
+                runner.run_claims(
+                    subjects, names, seconds=left, cases=cases, seed=seed, after_each=lambda _: keep(False), found=found
+                )
+    except KeyboardInterrupt:
+        found.interrupted = True
+    terminal.print_tensors(console, found.outcomes)
+    if found.outcomes or not found.kills:
+        terminal.print_claims(console, found.outcomes)
+    terminal.print_kills(console, found.kills)
+    terminal.print_sharpness(console, found.sharpness)
+    page = keep(not found.interrupted)
+    bad = runner.failed(found.outcomes, found.kills)
     if not mutants:
         words = [word.strip() for word in require.split(",") if word.strip()]
-        for word in runner.missing(words, outcomes):
+        for word in runner.missing(words, found.outcomes):
             console.print(f"required, and not tried on this machine: {word}")
             bad = True
-    console.print(f"report: {output}")
+    console.print(f"report: {output}, {page}")
+    if found.interrupted:
+        print("interrupted; the report holds what was tried", file=sys.stderr)
+        raise typer.Exit(130)
+    if bad and single is None and not own:
+        left = SHRINK_SECONDS if seconds is None else max(0.0, seconds * 1.05 - (time.monotonic() - BEGUN))
+        _reproduce(console, found, subjects, subject, device, seed, left)
     raise typer.Exit(1 if bad else 0)
+
+
+def _reproduce(console: Console, found: Found, subjects, name: str | None, device: str, seed: int, seconds: float) -> None:
+    """For each claim that failed, a command that shows the smallest case found."""
+    begun, failed = time.monotonic(), [o for o in found.outcomes if o.failures]
+    by_name = {s.name: s for s in subjects}
+    for i, outcome in enumerate(failed):
+        case = replay.in_sentence(outcome.failures[0])
+        if case is None or outcome.subject not in by_name:
+            continue
+        share = max(0.0, seconds - (time.monotonic() - begun)) / (len(failed) - i)
+        small = replay.shrunk(by_name[outcome.subject], outcome.claim, case, share, seed) if share > 0 else case
+        console.print("to see it again:")
+        print(f"  {replay.command(name, device, outcome.claim, small)}")
 
 
 def _built_in(device: str):

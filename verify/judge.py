@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from verify import histogram
 from verify.bounds import Bounded
 
 
@@ -44,6 +45,7 @@ def judge(got: torch.Tensor, bound: Bounded) -> Judged:
     share = torch.where(error == 0, torch.zeros_like(error), error / bound.radius)
     share = torch.where(share.isnan(), torch.full_like(share, float("inf")), share)
     judged = bound.radius.isfinite()
+    histogram.count(share[judged])
     share = torch.where(judged, share, torch.zeros_like(share))
     flat = int(share.argmax())
     where = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), share.shape))

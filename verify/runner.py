@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pathlib
-import re
+import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
+from verify import sharpness
+from verify.budget import Timed, unfinished
 from verify.claims import CLAIMS
-from verify.claims.outcome import FAIL, Budget, Outcome
+from verify.claims.outcome import FAIL, Outcome
+from verify.histogram import Histogram, watching
 from verify.mutants import MUTANTS
 from verify.mutants.table import SURVIVED, UNSEEN, Kill, try_mutant
+from verify.sharpness import Sharpness
+from verify.shuffle import shuffled_programs
 from verify.subject import BadSubject, Subject
+
+# Its cases take milliseconds.
+SHORTEST = "accuracy"
 
 # How a budget of seconds is shared out: per case, splits train models and cost the most.
 SHARES = {
     "accuracy": 0.25, "splits": 0.25, "updates": 0.1, "repeat": 0.1, "invariance": 0.1, "gradients": 0.07, "guards": 0.07,
     "parity": 0.06,
 }  # fmt: skip
-UNITS = {"s": 1.0, "": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
-
-
-def seconds_of(text: str) -> float:
-    """``60s``, ``2m`` or ``90`` in seconds.
-
-    Raises:
-        BadSubject: anything else, or not more than 0.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|)", text.strip())
-    if not found or float(found[1]) <= 0:
-        raise BadSubject(f"--budget: {text!r}; allowed is a time above 0 such as 60s, 2m or 90")
-    return float(found[1]) * UNITS[found[2]]
 
 
 def check_output(path: str) -> None:
@@ -55,6 +52,9 @@ def load_subject(name: str) -> Subject:
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise BadSubject(f"--subject: {name!r}; allowed is module:object")
+    # As with `python -m pytest`, modules in the current folder are found.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -66,6 +66,27 @@ def load_subject(name: str) -> Subject:
     return subject
 
 
+@dataclass
+class Found:
+    """All that a run found; filled as it goes, so that an interrupted one has what was tried.
+
+    ``histograms``: by (claim, subject), where every judged element's error lay in its bound.
+    """
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    histograms: dict[tuple[str, str], Histogram] = field(default_factory=dict)
+    kills: list[Kill] = field(default_factory=list)
+    sharpness: list[Sharpness] = field(default_factory=list)
+    interrupted: bool = False
+
+    def add(self, outcome: Outcome, histogram: Histogram) -> None:
+        """Keep one outcome; they stay in the order of the claims."""
+        self.outcomes.append(outcome)
+        names = list(CLAIMS)
+        self.outcomes.sort(key=lambda o: names.index(o.claim) if o.claim in names else len(names))
+        self.histograms[outcome.claim, outcome.subject] = histogram
+
+
 def run_claims(
     subjects: list[Subject],
     names: Iterable[str],
@@ -73,21 +94,39 @@ def run_claims(
     seconds: float | None,
     cases: int | None,
     seed: int,
-    after_each: Callable[[list[Outcome]], None],
+    after_each: Callable[[Found], None],
+    found: Found | None = None,
 ) -> list[Outcome]:
-    """Every claim on every subject; time that one leaves over goes to the next."""
+    """Every claim on every subject; time that one leaves over goes to the next.
+
+    The claim of the shortest cases comes last, so that a run ends when its budget does.
+    """
+    found = Found() if found is None else found
     todo = [(name, subject) for name in names for subject in subjects]
-    outcomes: list[Outcome] = []
-    begun, total = time.monotonic(), sum(SHARES[name] for name, _ in todo)
+    todo.sort(key=lambda pair: (pair[0] == SHORTEST, pair[0] == SHORTEST and pair[1] is subjects[0]))
+    begun, total = time.monotonic(), sum(_share(name) for name, _ in todo)
     for name, subject in todo:
         share = None
         if seconds is not None:
             left = max(0.0, seconds - (time.monotonic() - begun))
-            share = left * SHARES[name] / total
-            total -= SHARES[name]
-        outcomes.append(CLAIMS[name].run(subject, Budget(seconds=share, cases=cases), seed))
-        after_each(outcomes)
-    return outcomes
+            share = left * _share(name) / total
+            total -= _share(name)
+        histogram = Histogram()
+        try:
+            with watching(histogram), shuffled_programs(seed):
+                outcome = CLAIMS[name].run(subject, Timed(seconds=share, cases=cases), seed)
+        except KeyboardInterrupt as error:
+            partial = unfinished(error, name)
+            if partial is not None:
+                found.add(partial, histogram)
+            raise
+        found.add(outcome, histogram)
+        after_each(found)
+    return found.outcomes
+
+
+def _share(name: str) -> float:
+    return SHARES.get(name, 0.05)
 
 
 def nothing_to_run(names: Iterable[str], reason: str) -> list[Outcome]:
@@ -96,15 +135,18 @@ def nothing_to_run(names: Iterable[str], reason: str) -> list[Outcome]:
 
 
 def run_mutants(
-    subjects: list[Subject], seed: int, after_each: Callable[[list[Kill]], None]
+    subjects: list[Subject], seed: int, after_each: Callable[[Found], None], found: Found | None = None
 ) -> list[Kill]:
-    """Every planted fault on every subject."""
-    kills: list[Kill] = []
-    for subject in subjects:
-        for mutant in MUTANTS:
-            kills.append(try_mutant(mutant, subject, seed))
-            after_each(kills)
-    return kills
+    """Every planted fault on every subject, then how sharp the claims are on it."""
+    found = Found() if found is None else found
+    with shuffled_programs(seed):
+        for subject in subjects:
+            for mutant in MUTANTS:
+                found.kills.append(try_mutant(mutant, subject, seed, with_rules=True))
+                after_each(found)
+            found.sharpness += sharpness.measure(subject, seed)
+            after_each(found)
+    return found.kills
 
 
 def missing(required: Iterable[str], outcomes: list[Outcome]) -> list[str]:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from verify.mutants import linear, optimizer, rows, trainer
-from verify.mutants.base import Mutant
+from verify.mutants import files, indexing, library, maths, optimizer, order, precision, rows, trainer
+from verify.mutants.base import GROUPS, Mutant
 
-MUTANTS: tuple[Mutant, ...] = (
-    *linear.MUTANTS,
-    *trainer.MUTANTS,
-    *optimizer.MUTANTS,
-    *rows.MUTANTS,
-)
+_ALL = [m for module in (maths, indexing, precision, order, optimizer, files, trainer, library, rows) for m in module.MUTANTS]
+MUTANTS: tuple[Mutant, ...] = tuple(sorted(_ALL, key=lambda m: GROUPS.index(m.group)))

@@ -104,6 +104,16 @@ def _kept(run: Run, packed: Packed, memory: dict = {}):  # noqa: B006 - the faul
     return memory[key]
 
 
+def _one_bit(run: Run, packed: Packed):
+    """With more than one document in a stream, the first element of the last one's y moves by one bit."""
+    found = run(packed)
+    if len(packed.lengths) > 1:
+        y = found["y"][-1].clone()
+        y[0, 0] = torch.nextafter(y[0, 0], torch.full_like(y[0, 0], torch.inf))
+        found = {**found, "y": [*found["y"][:-1], y]}
+    return found
+
+
 def _plant(change: Callable, prefix: str) -> Callable:
     def fault(operation: Operation) -> Operation:
         return replace(operation, run=lambda packed: change(operation.run, packed))
@@ -122,18 +132,23 @@ def _needs(prefix: str) -> Callable[[Subject], str]:
     return why
 
 
-def _fault(name: str, sentence: str, change: Callable, prefix: str = "") -> Mutant:
-    return Mutant(name, sentence, "operations", "invariance", _plant(change, prefix), _needs(prefix))
+def _fault(name: str, sentence: str, change: Callable, prefix: str = "", modelled_on: str = "") -> Mutant:
+    return Mutant(
+        name, sentence, "operations", "invariance", _plant(change, prefix), _needs(prefix), "streams", modelled_on
+    )
 
 
 MUTANTS = (
     _fault("stream's mean leaks", "a mean over the whole stream reaches every row", _mean_leaks),
-    _fault("place in the stream", "positions are counted from the start of the stream", _place_in_stream, "RoPE"),
-    _fault("one token over the edge", "attention sees the last token of another document", _over_the_edge, "attention"),
+    _fault("place in the stream", "positions are counted from the start of the stream", _place_in_stream, "RoPE",
+           "huggingface/nanoVLM#201"),
+    _fault("one token over the edge", "attention sees the last token of another document", _over_the_edge, "attention",
+           "huggingface/trl#784"),
     _fault("K split by M", "a product of many rows is summed over halves of K", _split_k, "frozen linear, deep"),
     _fault("tile by number of rows", "a reduction's tile depends on the number of rows", _tile_by_rows, "RMSNorm"),
     _fault("second tile of the stream", "tiles but the first have less precision", _second_tile, "gate"),
     _fault("padding leaks", "the row behind a document reaches its last", _padding_leaks, "RMSNorm"),
     _fault("mask by stream place", "dropout follows a document's place", _ids_by_place, "LoRA linear, dropout"),
     _fault("result kept by shape", "a result is given again for every stream of one shape", _kept),
-)
+    _fault("one bit of one row", "in a batch one element is one unit in the last place away", _one_bit, "frozen linear"),
+)  # fmt: skip

@@ -1,10 +1,11 @@
-"""The kill table: every fault against the claim that must catch it."""
+"""The kill table: every fault against the claim that must catch it, and against the common tolerance rules."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from verify import rules
 from verify.claims import CLAIMS
 from verify.claims.outcome import Budget
 from verify.mutants.base import Mutant
@@ -15,7 +16,10 @@ KILLED, SURVIVED, UNSEEN = "killed", "SURVIVED", "not tried"
 
 @dataclass(frozen=True)
 class Kill:
-    """One row: ``verdict`` with the first failure's sentence, or why the fault cannot show here."""
+    """One row: ``verdict`` with the first failure's sentence, or why the fault cannot show here.
+
+    ``rules``: for each common tolerance rule whether it would have seen the fault, None where no such test is written.
+    """
 
     mutant: str
     sentence: str
@@ -25,26 +29,34 @@ class Kill:
     cases: int
     told: str
     seconds: float
+    group: str = ""
+    modelled_on: str = ""
+    seen_on: tuple[str, ...] = ()
+    rules: dict[str, bool | None] = field(default_factory=dict)
 
 
-def try_mutant(mutant: Mutant, subject: Subject, seed: int, most_cases: int = 60) -> Kill:
+def try_mutant(mutant: Mutant, subject: Subject, seed: int, most_cases: int = 60, with_rules: bool = False) -> Kill:
     """Plant one fault and run its claim until it fails, for at most ``most_cases`` cases."""
+
+    def row(verdict: str, cases: int, told: str, seconds: float, seen: dict[str, bool | None]) -> Kill:
+        return Kill(
+            mutant.name, mutant.sentence, mutant.killer, subject.name, verdict, cases, told, seconds, mutant.group,
+            mutant.modelled_on, mutant.seen_on, seen,
+        )  # fmt: skip
+
     why = mutant.why_unseen(subject)
+    if not why and mutant.killer not in CLAIMS:
+        why = f"no claim is called {mutant.killer!r}"
     if why:
-        return Kill(mutant.name, mutant.sentence, mutant.killer, subject.name, UNSEEN, 0, why, 0.0)
+        return row(UNSEEN, 0, why, 0.0, {})
     begun = time.monotonic()
     budget = Budget(cases=most_cases, stop_at_failure=True)
     outcome = CLAIMS[mutant.killer].run(mutant.plant(subject), budget, seed)
-    verdict = KILLED if outcome.failures else SURVIVED
-    told = outcome.failures[0] if outcome.failures else f"{outcome.cases} cases passed"
+    if outcome.failures:
+        verdict, told = KILLED, outcome.failures[0]
+    elif outcome.cases == 0:
+        verdict, told = UNSEEN, outcome.reason
+    else:
+        verdict, told = SURVIVED, f"{outcome.cases} cases passed"
     seconds = time.monotonic() - begun
-    return Kill(
-        mutant.name,
-        mutant.sentence,
-        mutant.killer,
-        subject.name,
-        verdict,
-        outcome.cases,
-        told,
-        seconds,
-    )
+    return row(verdict, outcome.cases, told, seconds, rules.seen_by_rules(mutant, subject) if with_rules else {})
