@@ -117,8 +117,8 @@ def as_command(found: dict, places: dict) -> str:
 
 
 def _too_small(found: dict, card: int) -> str:
-    from fastlora.advise import GIB, rules
     from fastlora.advice_memory import usable
+    from fastlora.advise import GIB, rules
 
     return (f"{found['memory']['peak'] / GIB:.1f} GiB are needed at the least, of {usable(card, rules()) / GIB:.1f} GiB that a step may "
             "take there; allowed is a larger card, or a smaller model")

@@ -13,6 +13,7 @@ import tomllib
 from importlib import metadata
 from typing import TYPE_CHECKING
 
+from fastlora import __version__
 from fastlora.digest import digest
 from fastlora.errors import InputError
 from fastlora.files import atomic_write_text
@@ -77,8 +78,9 @@ def open_folder(config: TrainConfig) -> pathlib.Path:
 
 def versions() -> dict[str, str]:
     """Versions of what decides the bits, and of Python."""
-    found = {"python": platform.python_version()}
-    for package in ("fastlora", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy"):
+    # Its own from the package itself: a checkout that is not installed has a version too.
+    found = {"python": platform.python_version(), "fastlora": __version__}
+    for package in ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
