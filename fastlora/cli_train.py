@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Annotated
 
 import typer
@@ -83,6 +82,8 @@ def train(
                                            "path.")] = None,
     trust_remote_code: Annotated[bool | None, _option(
         "--trust-remote-code/--no-trust-remote-code", help="Run code from the model's folder.")] = None,
+    config: Annotated[str | None, _option("--config", help="TOML file of settings, as advise and every run write it "
+                                          "(run.toml); flags given here win.")] = None,
     resume: Annotated[bool, _option("--resume", help="Go on with the run in --output; flags not given are read "
                                     "from its run.toml.")] = False,
     overwrite: Annotated[bool, _option("--overwrite", help="Replace the run in --output.")] = False,
@@ -105,18 +106,18 @@ def run(given: dict, lora_given: dict, console=None):
     Raises:
         InputError, TrainingError: see :class:`fastlora.train.Trainer`.
     """
-    from fastlora import rundir
-    from fastlora.config import LoraConfig
+    from fastlora import config_file, rundir
     from fastlora.train_config import TrainConfig
 
-    stored: dict = {}
-    if given.get("resume") and given.get("output"):
+    given = dict(given)
+    file, stored = given.pop("config", None), {}
+    if file is not None and given.get("resume"):
+        raise InputError(f"config = {file!r} and resume: give one of the two; --resume reads the run.toml in --output")
+    if file is not None:
+        stored = config_file.read_config(file)
+    elif given.get("resume") and given.get("output"):
         stored = rundir.stored_run(given["output"])
-    known = {field.name for field in dataclasses.fields(TrainConfig)} - {"resume", "overwrite"}
-    settings = {k: v for k, v in stored.get("train", {}).items() if k in known}
-    if {"steps", "epochs"} & given.keys():
-        settings = {k: v for k, v in settings.items() if k not in ("steps", "epochs")}
-    settings |= given
+    settings = config_file.train_settings(stored.get("train", {}), given)
     for name in ("model", "data", "output"):
         if not settings.get(name):
             raise InputError(f"{name}: missing; give --{name}")
@@ -125,21 +126,22 @@ def run(given: dict, lora_given: dict, console=None):
     config = TrainConfig(**settings)
     if isinstance(lora_given.get("target_modules"), str):
         lora_given["target_modules"] = _targets(lora_given["target_modules"])
-    if "lora" in stored:
-        lora = dataclasses.replace(LoraConfig.from_peft(stored["lora"], "run.toml"), **lora_given)
-    else:
-        lora = LoraConfig(base_model_name_or_path=config.model, **lora_given)
-    return start(config, lora, console)
+    lora = config_file.lora_config(stored.get("lora"), lora_given, config.model, file or rundir.RUN)
+    return start(config, lora, console, stored if file is not None else None)
 
 
-def start(config, lora, console=None):
-    """Load model and tokenizer by ``config`` and train."""
+def start(config, lora, console=None, stored=None):
+    """Load model and tokenizer by ``config`` and train.
+
+    Args:
+        stored: tables of the ``run.toml`` this is to repeat; what differs from it is said before the first step.
+    """
     from fastlora import rundir, setup
     from fastlora.train import Trainer
 
     rundir.check(config)
     model, tokenizer = setup.load(config, typer.echo)
-    return Trainer(model, tokenizer, config, lora, console=console).train()
+    return Trainer(model, tokenizer, config, lora, console=console, stored=stored).train()
 
 
 def micro_batch_setting(given: str | int | None) -> str | int | None:

@@ -60,6 +60,8 @@ _IGNORED = frozenset(
         "runtime_config",
     }
 )
+# What may stand in PEFT's file beside the fields of LoraConfig.
+KNOWN_TO_PEFT = frozenset(_REFUSED) | _IGNORED
 # Initialisations that leave the base weights alone: the file's tensors replace whatever they drew.
 _INIT_OF_FILE_ONLY = frozenset({"eva", "orthogonal"})
 

@@ -13,6 +13,7 @@ import tomllib
 from importlib import metadata
 from typing import TYPE_CHECKING
 
+from fastlora import __version__
 from fastlora.digest import digest
 from fastlora.errors import InputError
 from fastlora.files import atomic_write_text
@@ -77,8 +78,9 @@ def open_folder(config: TrainConfig) -> pathlib.Path:
 
 def versions() -> dict[str, str]:
     """Versions of what decides the bits, and of Python."""
-    found = {"python": platform.python_version()}
-    for package in ("fastlora", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy"):
+    # Its own from the package itself: a checkout that is not installed has a version too.
+    found = {"python": platform.python_version(), "fastlora": __version__}
+    for package in ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -111,14 +113,32 @@ def made_of(whole: dict) -> dict:
     return {name: whole[name] for name in ("device", "dtype", "steps", "model", "data", "adapter at the start")}
 
 
+def repeated(stored: dict[str, dict], whole: dict) -> list[str]:
+    """What a run stands on that is not what the ``run.toml`` it repeats stood on, a line each.
+
+    Args:
+        stored: tables of the file. whole: :func:`identity` of the prepared run.
+    """
+    was, now = stored.get("made_of", {}), made_of(whole)
+    lines = [f"config: {name} is not what the file was written for ({was[name]} then, {now[name]} now); the adapter will differ"
+             for name in now if name in was and was[name] != now[name]]
+    changed = changed_versions(stored["versions"]) if "versions" in stored else None
+    return lines + ([f"config: {changed}"] if changed else [])
+
+
 def write_run(folder: pathlib.Path, tables: dict[str, dict]) -> None:
     """Write ``run.toml``: one table each of the complete resolved configuration. None is left out."""
-    lines = ["# Written by fastlora train; what is not listed had no value.\n"]
+    atomic_write_text(folder / RUN, "# Written by fastlora train; what is not listed had no value.\n" + toml_of(tables))
+
+
+def toml_of(tables: dict[str, dict]) -> str:
+    """TOML of tables of plain values, as :func:`read_run` reads them. None is left out."""
+    lines = []
     for name, table in tables.items():
         lines.append(f"[{name}]\n")
         lines += [f"{_key(k)} = {_toml(v)}\n" for k, v in table.items() if v is not None]
         lines.append("\n")
-    atomic_write_text(folder / RUN, "".join(lines))
+    return "".join(lines)
 
 
 def read_run(folder: str | os.PathLike) -> dict[str, dict]:

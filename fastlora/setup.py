@@ -113,7 +113,7 @@ def load_tokenizer(name: str | None, *, gguf_file: str | None = None, trust_remo
     import transformers
 
     place, gguf_file, fetch = find_model(name, gguf_file)
-    with _reading("tokenizer", place):
+    with reading("tokenizer", place):
         return transformers.AutoTokenizer.from_pretrained(
             place, local_files_only=not fetch, trust_remote_code=trust_remote_code,
             **({"gguf_file": gguf_file} if gguf_file else {}),
@@ -137,7 +137,7 @@ def load_model(
         for package in ("gguf", "accelerate"):
             _require(package, f"model = {place!r}: reading a GGUF file needs the package {package}; "
                               "pip install 'fastlora[demo]'")
-    with _reading("model", place):
+    with reading("model", place):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             place, dtype=dtype, local_files_only=not fetch, trust_remote_code=trust_remote_code,
             output_loading_info=True,
@@ -174,7 +174,7 @@ def load(config: TrainConfig, say: Callable[[str], object] = lambda line: None) 
 
 
 @contextlib.contextmanager
-def _reading(what: str, place: str) -> Iterator[None]:
+def reading(what: str, place: str) -> Iterator[None]:
     """Turn what transformers raises on a bad folder into one line that names the folder."""
     from transformers.utils import logging
 

@@ -46,16 +46,17 @@ class Trainer:
         console: a ``rich.console.Console``; default standard output. Quiet with ``Console(quiet=True)``.
         float_sums: control experiment: ordinary fp32 gradients instead of exact sums; the result then
             depends on the cut.
+        stored: tables of the ``run.toml`` that is repeated: what differs from it is said before the first step.
 
     Raises:
         InputError: anything found wrong before the first step; nothing has been written then.
     """
 
     def __init__(self, model: nn.Module, tokenizer, config: TrainConfig, lora: LoraConfig | None = None, *,
-                 console=None, float_sums: bool = False) -> None:
+                 console=None, float_sums: bool = False, stored: dict | None = None) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.console = make_console() if console is None else console
-        self.float_sums = float_sums
+        self.float_sums, self.stored = float_sums, stored or {}
         if injection(model) is None:
             inject(model, lora or LoraConfig(), seed=config.seed)
         elif lora is not None:
@@ -145,6 +146,8 @@ class Trainer:
             max_grad_norm=config.max_grad_norm or None, gradient_scale=config.gradient_scale,
         )
         self.identity = rundir.identity(self)
+        for line in rundir.repeated(self.stored, self.identity):
+            say(line)
 
     def _resume(self) -> None:
         """Under ``resume`` the last checkpoint."""
@@ -172,7 +175,7 @@ class Trainer:
         self.folder = rundir.open_folder(self.config)
         lora = injection(self.model).config.to_peft()
         rundir.write_run(self.folder, {
-            "train": self.config.as_dict(), "lora": lora,
+            "train": self.config.to_repeat(), "lora": lora,
             "data": {"format": self.data.format, **self.data.counts},
             "versions": rundir.versions(), "made_of": rundir.made_of(self.identity),
         })

@@ -17,6 +17,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DEVICES = ("auto", "cuda", "cpu")
 DEFAULT_BATCH = 16
+# What one command decides for itself and no file may: whether a folder's run is gone on with or replaced.
+OF_THE_COMMAND = ("resume", "overwrite")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +192,10 @@ class TrainConfig:
     def as_dict(self) -> dict:
         """Every field with its resolved value, in the order of the class."""
         return dataclasses.asdict(self)
+
+    def to_repeat(self) -> dict:
+        """:meth:`as_dict` without what one command decides for itself: whether a run is gone on with or replaced."""
+        return {name: value for name, value in self.as_dict().items() if name not in OF_THE_COMMAND}
 
     @property
     def folder(self) -> pathlib.Path:
