@@ -119,15 +119,26 @@ def merge(
     adapter: Annotated[str, typer.Option("--adapter", help="Folder of the adapter.")],
     output: Annotated[str, typer.Option("--output", help="New folder for the merged model.")],
     gguf_file: Gguf = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="auto is the dtype of the model's files.")] = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", help="auto is the dtype of the model's files; float32 rounds least.")]
+    = "auto",
+    probe_text: Annotated[str | None, typer.Option("--probe-text", help="Text on which logits are compared. [a sentence]")]
+    = None,
+    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Of one safetensors file.")] = "5GB",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Write the base model with the adapter inside its weights, as a transformers folder."""
+    """Write the base model with the adapter inside its weights, as a transformers folder with a certificate."""
+    from fastlora import certificate
     from fastlora.export import merge_to_folder
+    from fastlora.log import make_console
 
-    folder = merge_to_folder(model, adapter, output, gguf_file=gguf_file, dtype=dtype,
-                             trust_remote_code=trust_remote_code)
-    typer.echo(f"merged model: {folder}")
+    folder, found = merge_to_folder(
+        model, adapter, output, gguf_file=gguf_file, dtype=dtype, probe_text=probe_text or certificate.PROBE_TEXT,
+        max_shard_size=max_shard_size, trust_remote_code=trust_remote_code,
+    )
+    console = make_console()
+    console.print(found.table())
+    for line in (*found.lines(), f"merged model: {folder} (all of this: {certificate.FILE})"):
+        console.print(line, highlight=False, markup=False)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import platform
 import re
@@ -183,7 +184,8 @@ def _reading(what: str, place: str) -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with _no_gguf_bar():
+            yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError,
             SafetensorError) as error:
         text = " ".join(str(error).split())
@@ -194,6 +196,22 @@ def _reading(what: str, place: str) -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _no_gguf_bar() -> Iterator[None]:
+    """transformers reads GGUF files under a bar of tqdm's own that its settings do not turn off: off in this block alone."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    bar = getattr(reader, "tqdm", None)
+    if bar is None:  # another release, without one
+        yield
+        return
+    reader.tqdm = functools.partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        reader.tqdm = bar
 
 
 def _require(package: str, message: str) -> None:
