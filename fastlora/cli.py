@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fastlora.cli_export import export
 from fastlora.cli_replay import replay
 from fastlora.cli_train import train
 from fastlora.errors import InputError, TrainingError
@@ -17,6 +18,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(replay)
+app.command()(export)
 
 Model = Annotated[str, typer.Option("--model", help="Folder of the base model, or a hub name.")]
 Gguf = Annotated[str | None, typer.Option("--gguf-file", help="GGUF file inside the model's folder.")]

@@ -61,8 +61,9 @@ def merge_to_folder(
     # Whole or not at all: written beside the place, then renamed.
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        loaded.save_pretrained(temporary, max_shard_size=max_shard_size)
-        tokenizer.save_pretrained(temporary)
+        with setup.quiet():
+            loaded.save_pretrained(temporary, max_shard_size=max_shard_size)
+            tokenizer.save_pretrained(temporary)
         done = Certificate(digests, certificate.tensor_roundings(layers, temporary), logits,
                            certificate.file_hashes(temporary))
         done.write(temporary)

@@ -121,6 +121,22 @@ def load_tokenizer(name: str | None, *, gguf_file: str | None = None, trust_remo
         )
 
 
+def load_config(name: str | None, *, gguf_file: str | None = None, trust_remote_code: bool = False):
+    """The transformers configuration of a model (see :func:`find_model`); no weight is read.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    import transformers
+
+    place, gguf_file, fetch = find_model(name, gguf_file)
+    with _reading("configuration", place):
+        return transformers.AutoConfig.from_pretrained(
+            place, local_files_only=not fetch, trust_remote_code=trust_remote_code,
+            **({"gguf_file": gguf_file} if gguf_file else {}),
+        )
+
+
 def load_model(
     name: str | None, *, gguf_file: str | None = None, dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu", trust_remote_code: bool = False,
@@ -177,14 +193,8 @@ def load(config: TrainConfig, say: Callable[[str], object] = lambda line: None) 
 @contextlib.contextmanager
 def _reading(what: str, place: str) -> Iterator[None]:
     """Turn what transformers raises on a bad folder into one line that names the folder."""
-    from transformers.utils import logging
-
-    # Its bars and notes would stand between our lines; what matters is checked and raised.
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        with _no_gguf_bar():
+        with quiet():
             yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError,
             SafetensorError) as error:
@@ -192,26 +202,30 @@ def _reading(what: str, place: str) -> Iterator[None]:
         if "trust_remote_code" in text:
             text = "it needs code of its own; --trust-remote-code runs it, if you trust that code"
         raise InputError(f"model = {place!r}: its {what} cannot be read: {text[:400]}") from error
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager
-def _no_gguf_bar() -> Iterator[None]:
-    """transformers reads GGUF files under a bar of tqdm's own that its settings do not turn off: off in this block alone."""
+def quiet() -> Iterator[None]:
+    """transformers without bars and notes, inside the block alone: they would stand between our lines, and what matters is
+    checked and raised."""
     from transformers import modeling_gguf_pytorch_utils as reader
+    from transformers.utils import logging
 
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    # GGUF files are read under a bar of tqdm's own, which transformers' settings do not turn off.
     bar = getattr(reader, "tqdm", None)
-    if bar is None:  # another release, without one
-        yield
-        return
-    reader.tqdm = functools.partial(bar, disable=True)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if bar is not None:
+        reader.tqdm = functools.partial(bar, disable=True)
     try:
         yield
     finally:
-        reader.tqdm = bar
+        if bar is not None:
+            reader.tqdm = bar
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _require(package: str, message: str) -> None:

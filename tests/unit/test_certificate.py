@@ -113,9 +113,10 @@ def test_merge_to_folder_refuses_a_probe_of_one_token(place, tmp_path):
 
 
 def test_merge_command_prints_the_certificate(place, tmp_path, capsys):
-    code, out, _ = run_command(capsys, "merge", "--model", place / "base", "--adapter", place / "adapter",
+    capsys.readouterr()
+    code, out, err = run_command(capsys, "merge", "--model", place / "base", "--adapter", place / "adapter",
                                "--output", tmp_path / "merged")
-    assert code == 0
+    assert code == 0 and err == ""
     written = load_file(tmp_path / "merged" / "model.safetensors")
     for word in ("Rounding of the merge", "down_proj", "logits on", "--dtype float32", certificate.FILE):
         assert word in out, word
