@@ -52,6 +52,9 @@ def train(
                                                 "[linear]")] = None,
     warmup_ratio: Annotated[float | None, _option("--warmup-ratio", help="Share of the steps. [0.03]")] = None,
     weight_decay: Annotated[float | None, _option("--weight-decay", help="Decoupled. [0]")] = None,
+    loraplus_lr_ratio: Annotated[float | None, _option(
+        "--loraplus-lr-ratio", help="LoRA+: rate of B over the rate of A, which is --learning-rate; its authors use 16. "
+        "[1]")] = None,
     max_grad_norm: Annotated[float | None, _option("--max-grad-norm", help="Clip norm, 0 for none. "
                                                    "[1.0]")] = None,
     gradient_scale: Annotated[float | None, _option(

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from fastlora import weights
 from fastlora.errors import InputError
 from fastlora.families import Head, head_of
 from fastlora.ops.linear_cross_entropy import LossRecord, linear_cross_entropy
@@ -164,7 +165,16 @@ def load_model(
     if missing:
         raise InputError(f"model = {place!r}: {len(missing)} weights are missing from its files "
                          f"({', '.join(missing[:3])}); they would be random")
+    if gguf_file is not None:
+        _not_quantised(model)
     return _aligned(model.to(device))
+
+
+def _not_quantised(model: nn.Module) -> None:
+    """Weights read from GGUF are plain floats by now; the mark that transformers leaves on them forbids saving the model."""
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        vars(model).pop(name, None)
+    vars(model.config).pop("quantization_config", None)
 
 
 def _aligned(model: nn.Module) -> nn.Module:
@@ -252,7 +262,8 @@ class BatchLoss:
     """The loss of one micro-batch.
 
     Attributes:
-        total: scalar with a gradient: the *sum* of the supervised tokens' losses, z-loss included.
+        total: scalar with a gradient: the *sum* of the supervised tokens' losses, z-loss included, each times its
+            document's weight.
         documents: that sum for each document of the stream, detached, float64 [documents].
         supervised: tokens counted.
     """
@@ -271,31 +282,38 @@ class Objective:
     Args:
         model: a causal language model.
         label_smoothing, z_loss: see :func:`fastlora.ops.linear_cross_entropy.linear_cross_entropy`.
+        weighted: whether the documents' weights count.
     """
 
-    def __init__(self, model: nn.Module, label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
-        self.model, self.label_smoothing, self.z_loss = model, label_smoothing, z_loss
+    def __init__(self, model: nn.Module, label_smoothing: float = 0.0, z_loss: float = 0.0, weighted: bool = True) -> None:
+        self.model, self.label_smoothing, self.z_loss, self.weighted = model, label_smoothing, z_loss, weighted
         self.head: Head | None = head_of(model)
 
     def plain(self) -> Objective:
         """The same model's cross-entropy alone, as held-out data is judged by."""
-        return Objective(self.model)
+        return Objective(self.model, weighted=False)
 
     def __call__(self, batch: MicroBatch) -> BatchLoss:
         """The loss of ``batch``, whose tensors lie on the model's device."""
+        given = batch.weights if self.weighted else None
         if self.head is None:
             logits = self.model(
                 input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
             ).logits
-            return _loss_of_logits(logits[0], batch, self.label_smoothing, self.z_loss)
-        hidden = self.head.decoder(batch.input_ids, batch.position_ids, use_cache=False)
+            return _loss_of_logits(logits[0], batch, given, self.label_smoothing, self.z_loss)
+        hidden = self.head.decoder(batch.input_ids, batch.position_ids, use_cache=False)[0]
+        if given is not None:
+            hidden = weights.weigh_gradient(hidden, batch.stream, given)
         record = LossRecord()
         total, supervised = linear_cross_entropy(
-            hidden[0], self.head.weight, batch.labels, softcap=self.head.softcap,
+            hidden, self.head.weight, batch.labels, softcap=self.head.softcap,
             logit_scale=self.head.logit_scale, label_smoothing=self.label_smoothing, z_loss=self.z_loss,
             record=record,
         )
-        return BatchLoss(total, record.documents, supervised)
+        if given is None:
+            return BatchLoss(total, record.documents, supervised)
+        documents = record.documents * torch.tensor(given, dtype=torch.float64, device=record.documents.device)
+        return BatchLoss(total + (documents.sum() - total).detach(), documents, supervised)
 
     def not_exact(self) -> list[tuple[str, str]]:
         """(module, reason) of what this class itself does not make independent of the split."""
@@ -305,16 +323,18 @@ class Objective:
                             "table of families; the loss is torch's own over its logits")]
 
 
-def _loss_of_logits(logits: torch.Tensor, batch: MicroBatch, label_smoothing: float, z_loss: float) -> BatchLoss:
+def _loss_of_logits(
+    logits: torch.Tensor, batch: MicroBatch, given: tuple[float, ...] | None, label_smoothing: float, z_loss: float
+) -> BatchLoss:
     """:class:`BatchLoss` from logits [T, V], document by document."""
     losses = []
-    for start, stop in batch.stream.spans:
+    for number, (start, stop) in enumerate(batch.stream.spans):
         labels = batch.labels[start:stop]
         kept = labels != -100
         rows = logits[start:stop][kept].float()
         loss = nn.functional.cross_entropy(rows, labels[kept], reduction="sum", label_smoothing=label_smoothing)
         if z_loss:
             loss = loss + z_loss * rows.logsumexp(1).square().sum()
-        losses.append(loss.double())
+        losses.append(loss.double() * (1.0 if given is None else given[number]))
     documents = torch.stack(losses)
     return BatchLoss(documents.sum(), documents.detach(), batch.supervised)

@@ -35,6 +35,7 @@ class TrainConfig:
         max_length: longest row in tokens; None means what the model allows.
         steps: optimiser steps; None means ``epochs`` passes over the data (a fraction is allowed).
         learning_rate: peak rate. ``warmup_ratio``: share of the steps that warm up; none has rate 0.
+        loraplus_lr_ratio: LoRA+: the rate of B over that of A; ``learning_rate`` is A's.
         max_grad_norm: clip norm of the exact gradient of the mean loss; 0 or None turns it off.
         gradient_scale: a static power of two applied to the loss and taken out again by the optimiser;
             raises small partial sums above the fixed point's low end.
@@ -73,6 +74,7 @@ class TrainConfig:
     lr_scheduler: str = "linear"
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
+    loraplus_lr_ratio: float = 1.0
     max_grad_norm: float | None = 1.0
     gradient_scale: float = 1.0
     label_smoothing: float = 0.0
@@ -120,6 +122,7 @@ class TrainConfig:
         self._number("learning_rate", "above 0", lambda v: v > 0)
         self._number("warmup_ratio", "from 0 to below 1", lambda v: 0 <= v < 1)
         self._number("weight_decay", "0 or more", lambda v: v >= 0)
+        self._number("loraplus_lr_ratio", "above 0", lambda v: v > 0)
         self._number("label_smoothing", "from 0 to below 1", lambda v: 0 <= v < 1)
         self._number("z_loss", "0 or more", lambda v: v >= 0)
         if self.max_grad_norm is not None:
@@ -200,8 +203,8 @@ class TrainConfig:
 # Fields that decide the adapter's bytes: a checkpoint of other values is refused by --resume. Model, data,
 # number of steps and dtype are compared as they came out, not as they were asked for.
 DECIDES_BYTES = (
-    "batch_size", "learning_rate", "lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm",
-    "gradient_scale", "label_smoothing", "z_loss", "seed", "shuffle",
+    "batch_size", "learning_rate", "lr_scheduler", "warmup_ratio", "weight_decay", "loraplus_lr_ratio",
+    "max_grad_norm", "gradient_scale", "label_smoothing", "z_loss", "seed", "shuffle",
 )
 
 

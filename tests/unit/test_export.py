@@ -14,6 +14,7 @@ from fastlora import setup  # noqa: E402
 from fastlora.adapter import load_adapter, read_adapter, save_adapter  # noqa: E402
 from fastlora.config import LoraConfig  # noqa: E402
 from fastlora.errors import InputError  # noqa: E402
+from fastlora.export import merge_to_folder  # noqa: E402
 from fastlora.gguf_names import pre_tokenizer  # noqa: E402
 from fastlora.inject import eject, inject, lora_layers  # noqa: E402
 from fastlora.merge import merge  # noqa: E402
@@ -81,6 +82,12 @@ def test_export_gguf_model_copies_the_tokenizer_of_a_gguf_base(tmp_path, capsys)
         for path in (tmp_path / "gguf/base.gguf", tmp_path / "twice.gguf")
     ]
     assert fields[0] == fields[1] and fields[0]["tokenizer.ggml.pre"] == "gpt-2"
+    # and merge writes a transformers folder from such a base
+    folder, _ = merge_to_folder(str(tmp_path / "gguf"), tmp_path / "adapter", tmp_path / "merged")
+    merged = setup.load_model(str(folder))
+    assert not hasattr(merged.config, "quantization_config")
+    twice = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "twice.gguf").tensors}
+    assert np.array_equal(twice["blk.1.ffn_up.weight"], merged.model.layers[1].mlp.up_proj.weight.detach().numpy())
 
 
 @pytest.mark.parametrize(("dtype", "unit"), [("float16", 2.0**-11), ("bfloat16", 2.0**-8), ("q8_0", None)])
