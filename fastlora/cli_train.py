@@ -30,6 +30,11 @@ def train(
     lora_dropout: Annotated[float | None, _option("--lora-dropout", help="Dropout before A. [0]")] = None,
     use_rslora: Annotated[bool | None, _option("--use-rslora/--no-use-rslora", help="Scale by alpha / "
                                                "sqrt(r).")] = None,
+    init_lora_weights: Annotated[str | None, _option(
+        "--init-lora-weights", help="true: A Kaiming-uniform, B zero; gaussian: A normal; false: both drawn. [true]")] = None,
+    use_dora: Annotated[bool | None, _option("--use-dora", help="Refused, with the reason.", hidden=True)] = None,
+    modules_to_save: Annotated[str | None, _option(
+        "--modules-to-save", help="Refused, with the reason.", hidden=True)] = None,
     target_modules: Annotated[str | None, _option(
         "--target-modules", help="Names with commas between, one regular expression, or all-linear. "
         "[the seven projections]")] = None,
@@ -99,7 +104,8 @@ def train(
 
 
 _LORA = {"rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "use_rslora": "use_rslora",
-         "target_modules": "target_modules"}
+         "target_modules": "target_modules", "init_lora_weights": "init_lora_weights", "use_dora": "use_dora",
+         "modules_to_save": "modules_to_save"}
 
 
 def run(given: dict, lora_given: dict, console=None):
@@ -126,6 +132,9 @@ def run(given: dict, lora_given: dict, console=None):
     if "micro_batch_tokens" in settings:
         settings["micro_batch_tokens"] = micro_batch_setting(settings["micro_batch_tokens"])
     config = TrainConfig(**settings)
+    init = lora_given.get("init_lora_weights")
+    if isinstance(init, str):
+        lora_given["init_lora_weights"] = {"true": True, "false": False}.get(init.lower(), init)
     if isinstance(lora_given.get("target_modules"), str):
         lora_given["target_modules"] = _targets(lora_given["target_modules"])
     if "lora" in stored:

@@ -177,6 +177,10 @@ def test_train_resume_needs_the_output_folder_alone(model, tmp_path, capsys):
     (["generate", "--model", "{model}", "--prompt", "x", "--temperature", "-1"], "temperature"),
     (["data", "/nowhere/d", "--model", "{model}"], "/nowhere/d"),
     (["merge", "--model", "{model}", "--adapter", "/nowhere/e", "--output", "out"], "/nowhere/e"),
+    (["train", "--model", "{model}", "--data", "d", "--output", "o", "--use-dora"], "DoRA"),
+    (["train", "--model", "{model}", "--data", "d", "--output", "o", "--modules-to-save", "lm_head"], "sum over tokens"),
+    (["train", "--model", "{model}", "--data", "d", "--output", "o", "--init-lora-weights", "pissa"], "PiSSA"),
+    (["train", "--model", "{model}", "--data", "d", "--output", "o", "--loraplus-lr-ratio", "0"], "loraplus_lr_ratio"),
     (["bogus"], "bogus"),
 ])
 def test_other_commands_bad_input_exits_2(arguments, expected, model, capsys):
