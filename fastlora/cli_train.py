@@ -55,6 +55,8 @@ def train(
     learning_rate: Annotated[float | None, _option("--learning-rate", help="Peak rate. [2e-4]")] = None,
     lr_scheduler: Annotated[str | None, _option("--lr-scheduler", help="As transformers names it. "
                                                 "[linear]")] = None,
+    lr_scheduler_kwargs: Annotated[str | None, _option(
+        "--lr-scheduler-kwargs", help="Further settings of the schedule as JSON, by transformers' names.")] = None,
     warmup_ratio: Annotated[float | None, _option("--warmup-ratio", help="Share of the steps. [0.03]")] = None,
     weight_decay: Annotated[float | None, _option("--weight-decay", help="Decoupled. [0]")] = None,
     loraplus_lr_ratio: Annotated[float | None, _option(
@@ -131,6 +133,8 @@ def run(given: dict, lora_given: dict, console=None):
             raise InputError(f"{name}: missing; give --{name}")
     if "micro_batch_tokens" in settings:
         settings["micro_batch_tokens"] = micro_batch_setting(settings["micro_batch_tokens"])
+    if isinstance(settings.get("lr_scheduler_kwargs"), str):
+        settings["lr_scheduler_kwargs"] = _json(settings["lr_scheduler_kwargs"])
     config = TrainConfig(**settings)
     init = lora_given.get("init_lora_weights")
     if isinstance(init, str):
@@ -166,6 +170,16 @@ def micro_batch_setting(given: str | int | None) -> str | int | None:
         return int(given)
     except ValueError:
         raise InputError(f'micro_batch_tokens = {given!r}: allowed is a positive integer or "auto"') from None
+
+
+def _json(text: str) -> dict:
+    import json
+
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"lr_scheduler_kwargs = {text!r}: not JSON ({error}); allowed is an object such as "
+                         '{"min_lr_rate": 0.1}') from error
 
 
 def _targets(text: str) -> list[str] | str:

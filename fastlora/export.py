@@ -14,6 +14,7 @@ from fastlora.adapter import load_adapter
 from fastlora.certificate import Certificate
 from fastlora.digest import digest, frozen_tensors
 from fastlora.errors import InputError
+from fastlora.files import ordinary_mode
 from fastlora.inject import eject, lora_layers
 from fastlora.merge import merge
 from fastlora.train_config import DTYPE_SHORT, DTYPES
@@ -67,7 +68,11 @@ def merge_to_folder(
         done = Certificate(digests, certificate.tensor_roundings(layers, temporary), logits,
                            certificate.file_hashes(temporary))
         done.write(temporary)
-        temporary.chmod(0o755)
+        for path in temporary.iterdir():  # safetensors makes files private
+            path.chmod(ordinary_mode())
+        # and so does mkdtemp with folders, which need the right to be entered wherever they may be read
+        mode = ordinary_mode()
+        temporary.chmod(mode | 0o700 | (mode & 0o444) >> 2)
         temporary.replace(output)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

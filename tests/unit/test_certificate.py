@@ -117,6 +117,9 @@ def test_merge_command_prints_the_certificate(place, tmp_path, capsys):
     code, out, err = run_command(capsys, "merge", "--model", place / "base", "--adapter", place / "adapter",
                                "--output", tmp_path / "merged")
     assert code == 0 and err == ""
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "merged").iterdir()}
+    (tmp_path / "ordinary").touch()
+    assert modes == {(tmp_path / "ordinary").stat().st_mode & 0o777}
     written = load_file(tmp_path / "merged" / "model.safetensors")
     for word in ("Rounding of the merge", "down_proj", "logits on", "--dtype float32", certificate.FILE):
         assert word in out, word

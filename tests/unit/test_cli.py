@@ -181,6 +181,7 @@ def test_train_resume_needs_the_output_folder_alone(model, tmp_path, capsys):
     (["train", "--model", "{model}", "--data", "d", "--output", "o", "--modules-to-save", "lm_head"], "sum over tokens"),
     (["train", "--model", "{model}", "--data", "d", "--output", "o", "--init-lora-weights", "pissa"], "PiSSA"),
     (["train", "--model", "{model}", "--data", "d", "--output", "o", "--loraplus-lr-ratio", "0"], "loraplus_lr_ratio"),
+    (["train", "--model", "{model}", "--data", "d", "--output", "o", "--lr-scheduler-kwargs", "{"], "not JSON"),
     (["bogus"], "bogus"),
 ])
 def test_other_commands_bad_input_exits_2(arguments, expected, model, capsys):
