@@ -83,7 +83,9 @@ def data(
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Option("--prompt", help="Text, or under the format messages one user turn.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Text, or under the format messages one user turn.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Talk: every line of standard input is a user turn, until it ends.")]
+    = False,
     adapter: Annotated[str | None, typer.Option("--adapter", help="Folder of the adapter; none: the base model.")]
     = None,
     gguf_file: Gguf = None,
@@ -96,23 +98,31 @@ def generate(
     dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Continue a prompt with the model, in the format its adapter was trained on."""
+    """Continue a prompt with the model, in the format its adapter was trained on, or talk to it."""
     from fastlora import generate as generating
     from fastlora import setup
     from fastlora.adapter import load_adapter
 
-    format = format or (generating.stored_format(adapter) if adapter else None)
+    if chat == (prompt is not None):
+        raise InputError("prompt and chat: give --prompt TEXT or --chat, one of the two")
+    if chat and format not in (None, "messages"):
+        raise InputError(f"format = {format!r}: a chat is made of messages")
+    format = "messages" if chat else format or (generating.stored_format(adapter) if adapter else None)
     place, _ = setup.choose_device(device)
     files = {"gguf_file": gguf_file, "trust_remote_code": trust_remote_code}
     tokenizer = setup.load_tokenizer(model, **files)
     network = setup.load_model(model, dtype=setup.choose_dtype(dtype, place), device=place, **files)
     if adapter:
         load_adapter(network, adapter)
-    generating.generate(
-        network, tokenizer, prompt, format=format, max_new_tokens=max_new_tokens, temperature=temperature,
-        seed=seed, stream=lambda text: typer.echo(text, nl=False),
-    )
-    typer.echo()
+    settings = {"format": format, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed,
+                "stream": lambda text: typer.echo(text, nl=False)}
+    if prompt is not None:
+        generating.generate(network, tokenizer, prompt, **settings)
+        typer.echo()
+        return
+    shown = "> " if sys.stdin.isatty() else ""
+    for _ in generating.converse(network, tokenizer, generating.lines(sys.stdin, lambda: typer.echo(shown, nl=False)), **settings):
+        typer.echo()
 
 
 @app.command()

@@ -10,12 +10,7 @@ from fastlora.config import LoraConfig
 from fastlora.errors import InputError
 from fastlora.families import FAMILIES, batch_dependent_rope, family_of, head_of
 from fastlora.inject import inject, lora_layers
-from tests.models import tiny_model, tokens
-
-EXPERTS = {
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-}
+from tests.models import EXPERTS, tiny_model, tokens
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))

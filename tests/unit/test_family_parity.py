@@ -23,7 +23,7 @@ from fastlora.families import FAMILIES
 from fastlora.inject import inject, lora_layers
 from fastlora.invariant import make_invariant
 from fastlora.setup import Objective
-from tests.models import tiny_model
+from tests.models import EXPERTS, tiny_model
 
 # What a family has of its own, switched on and away from values that hide it.
 OWN = {
@@ -33,8 +33,8 @@ OWN = {
     "gemma3_text": {"sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 11},
     "smollm3": {"no_rope_layers": [1, 0]},
     "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.6, "attention_multiplier": 0.4, "logits_scaling": 3.0},
-    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": True},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen3_moe": EXPERTS["qwen3_moe"] | {"norm_topk_prob": True},
+    "mixtral": EXPERTS["mixtral"] | {"sliding_window": None},
 }
 LENGTHS = (23, 7, 40)
 TARGETS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "granite", "qwen3_moe",
