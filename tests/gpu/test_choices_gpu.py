@@ -22,7 +22,7 @@ def test_trainer_with_weights_gives_one_adapter_for_every_cut(tmp_path, dtype, s
         result, _, printed = train(tmp_path, f"cut{cut}", model=model, data=data, steps=2, micro_batch_tokens=cut, **settings)
         found.append(result)
         assert "two ways" in printed or "not claimed" in printed
-    if "equal" in printed:
+    if ": equal" in printed:
         assert found[0].digest == found[1].digest
         assert found[0].losses == found[1].losses
     plain, *_ = train(tmp_path, "plain", model=tiny_model().to("cuda", dtype), steps=2, **settings)
@@ -34,5 +34,5 @@ def test_trainer_on_experts_trains_the_attention_and_claims_nothing(tmp_path, mo
     size = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "vocab_size": 330, "max_position_embeddings": 512}
     model = family_model(model_type, **size | EXPERTS[model_type]).to("cuda", torch.bfloat16)
     result, _, printed = train(tmp_path, "run", model=model, steps=3)
-    assert "exactness" in printed and "do not run in fixed blocks" in printed or "equal" in printed
+    assert "do not run in fixed blocks" in printed or ": equal" in printed
     assert result.losses[-1][1] < result.losses[0][1]
