@@ -93,5 +93,6 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def docs(session: nox.Session) -> None:
-    """Run every Python block of README and docs; check that every command they name exists."""
-    python(session, "-m", "pytest", "-q", "tests/repo/test_readme.py", *session.posargs)
+    """Run every command and Python block of README and docs, and the examples; what is slow or calls nox must exist."""
+    pages = ("test_readme.py", "test_docs_commands.py", "test_examples.py")
+    python(session, "-m", "pytest", "-q", *(f"tests/repo/{name}" for name in pages), *session.posargs)

@@ -76,12 +76,20 @@ def save_adapter(
             raise TrainingError(
                 f"{key} holds values that are not finite in {dtype}; the adapter was not written"
             )
+    write_files(directory, record.config, tensors)
+    return directory
+
+
+def write_files(
+    directory: pathlib.Path, config: LoraConfig, tensors: dict[str, torch.Tensor]
+) -> None:
+    """Write the two files of an adapter, each whole or not at all; ``tensors`` on the CPU, by PEFT
+    key, sorted."""
     with atomic_write(directory / WEIGHTS_FILE) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     # No sort_keys: to_peft() sorts the fields, while a pattern's own order says which key comes
     # first.
-    atomic_write_text(directory / CONFIG_FILE, json.dumps(record.config.to_peft(), indent=2) + "\n")
-    return directory
+    atomic_write_text(directory / CONFIG_FILE, json.dumps(config.to_peft(), indent=2) + "\n")
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fastlora.cli_advise import advise
+from fastlora.cli_export import export
 from fastlora.cli_replay import replay
 from fastlora.cli_train import train
 from fastlora.errors import InputError, TrainingError
@@ -19,6 +20,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(replay)
 app.command()(advise)
+app.command()(export)
 
 Model = Annotated[str, typer.Option("--model", help="Folder of the base model, or a hub name.")]
 Gguf = Annotated[str | None, typer.Option("--gguf-file", help="GGUF file inside the model's folder.")]
@@ -83,7 +85,9 @@ def data(
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Option("--prompt", help="Text, or under the format messages one user turn.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Text, or under the format messages one user turn.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Talk: every line of standard input is a user turn, until it ends.")]
+    = False,
     adapter: Annotated[str | None, typer.Option("--adapter", help="Folder of the adapter; none: the base model.")]
     = None,
     gguf_file: Gguf = None,
@@ -96,23 +100,31 @@ def generate(
     dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Continue a prompt with the model, in the format its adapter was trained on."""
+    """Continue a prompt with the model, in the format its adapter was trained on, or talk to it."""
     from fastlora import generate as generating
     from fastlora import setup
     from fastlora.adapter import load_adapter
 
-    format = format or (generating.stored_format(adapter) if adapter else None)
+    if chat == (prompt is not None):
+        raise InputError("prompt and chat: give --prompt TEXT or --chat, one of the two")
+    if chat and format not in (None, "messages"):
+        raise InputError(f"format = {format!r}: a chat is made of messages")
+    format = "messages" if chat else format or (generating.stored_format(adapter) if adapter else None)
     place, _ = setup.choose_device(device)
     files = {"gguf_file": gguf_file, "trust_remote_code": trust_remote_code}
     tokenizer = setup.load_tokenizer(model, **files)
     network = setup.load_model(model, dtype=setup.choose_dtype(dtype, place), device=place, **files)
     if adapter:
         load_adapter(network, adapter)
-    generating.generate(
-        network, tokenizer, prompt, format=format, max_new_tokens=max_new_tokens, temperature=temperature,
-        seed=seed, stream=lambda text: typer.echo(text, nl=False),
-    )
-    typer.echo()
+    settings = {"format": format, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed,
+                "stream": lambda text: typer.echo(text, nl=False)}
+    if prompt is not None:
+        generating.generate(network, tokenizer, prompt, **settings)
+        typer.echo()
+        return
+    shown = "> " if sys.stdin.isatty() else ""
+    for _ in generating.converse(network, tokenizer, generating.lines(sys.stdin, lambda: typer.echo(shown, nl=False)), **settings):
+        typer.echo()
 
 
 @app.command()
@@ -121,15 +133,26 @@ def merge(
     adapter: Annotated[str, typer.Option("--adapter", help="Folder of the adapter.")],
     output: Annotated[str, typer.Option("--output", help="New folder for the merged model.")],
     gguf_file: Gguf = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="auto is the dtype of the model's files.")] = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", help="auto is the dtype of the model's files; float32 rounds least.")]
+    = "auto",
+    probe_text: Annotated[str | None, typer.Option("--probe-text", help="Text on which logits are compared. [a sentence]")]
+    = None,
+    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Of one safetensors file.")] = "5GB",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Write the base model with the adapter inside its weights, as a transformers folder."""
+    """Write the base model with the adapter inside its weights, as a transformers folder with a certificate."""
+    from fastlora import certificate
     from fastlora.export import merge_to_folder
+    from fastlora.log import make_console
 
-    folder = merge_to_folder(model, adapter, output, gguf_file=gguf_file, dtype=dtype,
-                             trust_remote_code=trust_remote_code)
-    typer.echo(f"merged model: {folder}")
+    folder, found = merge_to_folder(
+        model, adapter, output, gguf_file=gguf_file, dtype=dtype, probe_text=probe_text or certificate.PROBE_TEXT,
+        max_shard_size=max_shard_size, trust_remote_code=trust_remote_code,
+    )
+    console = make_console()
+    console.print(found.table())
+    for line in (*found.lines(), f"merged model: {folder} (all of this: {certificate.FILE})"):
+        console.print(line, highlight=False, markup=False)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -29,6 +29,11 @@ def train(
     lora_dropout: Annotated[float | None, _option("--lora-dropout", help="Dropout before A. [0]")] = None,
     use_rslora: Annotated[bool | None, _option("--use-rslora/--no-use-rslora", help="Scale by alpha / "
                                                "sqrt(r).")] = None,
+    init_lora_weights: Annotated[str | None, _option(
+        "--init-lora-weights", help="true: A Kaiming-uniform, B zero; gaussian: A normal; false: both drawn. [true]")] = None,
+    use_dora: Annotated[bool | None, _option("--use-dora", help="Refused, with the reason.", hidden=True)] = None,
+    modules_to_save: Annotated[str | None, _option(
+        "--modules-to-save", help="Refused, with the reason.", hidden=True)] = None,
     target_modules: Annotated[str | None, _option(
         "--target-modules", help="Names with commas between, one regular expression, or all-linear. "
         "[the seven projections]")] = None,
@@ -49,8 +54,13 @@ def train(
     learning_rate: Annotated[float | None, _option("--learning-rate", help="Peak rate. [2e-4]")] = None,
     lr_scheduler: Annotated[str | None, _option("--lr-scheduler", help="As transformers names it. "
                                                 "[linear]")] = None,
+    lr_scheduler_kwargs: Annotated[str | None, _option(
+        "--lr-scheduler-kwargs", help="Further settings of the schedule as JSON, by transformers' names.")] = None,
     warmup_ratio: Annotated[float | None, _option("--warmup-ratio", help="Share of the steps. [0.03]")] = None,
     weight_decay: Annotated[float | None, _option("--weight-decay", help="Decoupled. [0]")] = None,
+    loraplus_lr_ratio: Annotated[float | None, _option(
+        "--loraplus-lr-ratio", help="LoRA+: rate of B over the rate of A, which is --learning-rate; its authors use 16. "
+        "[1]")] = None,
     max_grad_norm: Annotated[float | None, _option("--max-grad-norm", help="Clip norm, 0 for none. "
                                                    "[1.0]")] = None,
     gradient_scale: Annotated[float | None, _option(
@@ -97,7 +107,8 @@ def train(
 
 
 _LORA = {"rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "use_rslora": "use_rslora",
-         "target_modules": "target_modules"}
+         "target_modules": "target_modules", "init_lora_weights": "init_lora_weights", "use_dora": "use_dora",
+         "modules_to_save": "modules_to_save"}
 
 
 def run(given: dict, lora_given: dict, console=None):
@@ -123,7 +134,12 @@ def run(given: dict, lora_given: dict, console=None):
             raise InputError(f"{name}: missing; give --{name}")
     if "micro_batch_tokens" in settings:
         settings["micro_batch_tokens"] = micro_batch_setting(settings["micro_batch_tokens"])
+    if isinstance(settings.get("lr_scheduler_kwargs"), str):
+        settings["lr_scheduler_kwargs"] = _json(settings["lr_scheduler_kwargs"])
     config = TrainConfig(**settings)
+    init = lora_given.get("init_lora_weights")
+    if isinstance(init, str):
+        lora_given["init_lora_weights"] = {"true": True, "false": False}.get(init.lower(), init)
     if isinstance(lora_given.get("target_modules"), str):
         lora_given["target_modules"] = _targets(lora_given["target_modules"])
     lora = config_file.lora_config(stored.get("lora"), lora_given, config.model, file or rundir.RUN)
@@ -156,6 +172,16 @@ def micro_batch_setting(given: str | int | None) -> str | int | None:
         return int(given)
     except ValueError:
         raise InputError(f'micro_batch_tokens = {given!r}: allowed is a positive integer or "auto"') from None
+
+
+def _json(text: str) -> dict:
+    import json
+
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"lr_scheduler_kwargs = {text!r}: not JSON ({error}); allowed is an object such as "
+                         '{"min_lr_rate": 0.1}') from error
 
 
 def _targets(text: str) -> list[str] | str:

@@ -23,6 +23,15 @@ _TASKS = (
     "FEATURE_EXTRACTION",
 )
 
+# Why what users ask for most is not done; said wherever it is refused.
+_WHY = {
+    "modules_to_save": "trained copies of whole modules: their gradients sum over tokens, and the exact sums and the "
+    "fused layers know A and B alone; train the adapter, or all weights with another tool",
+    "use_dora": "DoRA: its norm of W + s B A would have to be taken again at every step, and its magnitudes need "
+    "sums over tokens that the exact sums do not have; rsLoRA at a higher rank is what there is",
+    "pissa": "PiSSA, OLoRA and their kin take a part out of the base weights: the adapter file alone would then "
+    "stand for another model than PEFT reads it as, and a 16-bit base would be rounded a second time",
+}
 # Fields of PEFT's file that ask for something this library does not do, with the values that ask
 # for nothing.
 _REFUSED: dict[str, str] = {
@@ -36,12 +45,12 @@ _REFUSED: dict[str, str] = {
     "lora_bias": "a bias on lora_B",
     "lora_ga_config": "LoRA-GA, which changes the base weights",
     "megatron_config": "Megatron layers",
-    "modules_to_save": "full copies of modules beside the adapter",
+    "modules_to_save": _WHY["modules_to_save"],
     "monteclora_config": "MonteCLoRA",
     "target_parameters": "LoRA on bare parameters (expert weights)",
     "trainable_token_indices": "trained token embeddings",
     "use_bdlora": "block-diagonal LoRA",
-    "use_dora": "DoRA",
+    "use_dora": _WHY["use_dora"],
     "use_qalora": "QALoRA",
     "velora_config": "VeLoRA",
 }
@@ -62,6 +71,8 @@ _IGNORED = frozenset(
 )
 # What may stand in PEFT's file beside the fields of LoraConfig.
 KNOWN_TO_PEFT = frozenset(_REFUSED) | _IGNORED
+# Initialisations that change the base weights; PEFT adds "_niter_N" to the first for a faster decomposition.
+_CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 # Initialisations that leave the base weights alone: the file's tensors replace whatever they drew.
 _INIT_OF_FILE_ONLY = frozenset({"eva", "orthogonal"})
 
@@ -86,11 +97,12 @@ class LoraConfig:
         rank_pattern, alpha_pattern: path ending or regular expression -> rank, alpha of those
             modules. The first key that matches counts.
         init_lora_weights: True (A Kaiming-uniform, B zero), ``"gaussian"`` (A normal with std 1/r,
-            B zero) or False (A and B both drawn, the adapter acts from the start).
+            B zero) or False (A and B both drawn, the adapter acts from the start). PiSSA and others
+            that change the base weights are refused.
         layers_to_transform, layers_pattern: only these layer indices, as in PEFT; with a list of
             targets only.
         task_type, base_model_name_or_path, revision: carried into the file, used by nothing here.
-        modules_to_save: None; anything else is refused.
+        modules_to_save, use_dora: None and False; anything else is refused, with the reason.
 
     Raises:
         InputError: a field has a value that is not allowed; the message names field, value and what
@@ -113,6 +125,7 @@ class LoraConfig:
     base_model_name_or_path: str | None = None
     revision: str | None = None
     modules_to_save: None = None
+    use_dora: bool = False
 
     def __post_init__(self) -> None:
         _check_rank("r", self.r)
@@ -130,8 +143,13 @@ class LoraConfig:
             raise _wrong(
                 "modules_to_save",
                 self.modules_to_save,
-                "None (full copies of modules are not supported)",
+                f"None ({_WHY['modules_to_save']})",
             )
+        if self.use_dora is not False:
+            raise _wrong("use_dora", self.use_dora, f"False ({_WHY['use_dora']})")
+        init = self.init_lora_weights
+        if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+            raise _wrong("init_lora_weights", init, f'True, False or "gaussian" ({_WHY["pissa"]})')
         if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights != "gaussian":
             raise _wrong("init_lora_weights", self.init_lora_weights, 'True, False or "gaussian"')
         if self.task_type not in _TASKS:
@@ -210,7 +228,7 @@ class LoraConfig:
             if isinstance(result[name], (list, tuple)):
                 result[name] = sorted(result[name])
         result.update(rank_pattern=dict(self.rank_pattern), alpha_pattern=dict(self.alpha_pattern))
-        result.update(peft_type="LORA", inference_mode=True, fan_in_fan_out=False, use_dora=False)
+        result.update(peft_type="LORA", inference_mode=True, fan_in_fan_out=False)
         return dict(sorted(result.items()))
 
     @classmethod

@@ -2,7 +2,7 @@
 
 A row holds ``messages`` (a chat), ``prompt`` and ``completion``, or ``text``; one file holds one of
 the three. Blank lines are passed over, a UTF-8 byte order mark is taken off, other keys are
-ignored.
+ignored but ``weight`` (weights.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fastlora import encode, template
+from fastlora import encode, template, weights
 from fastlora.encode import RowError
 from fastlora.errors import InputError
 
@@ -47,7 +47,8 @@ class Row:
         line: the line of the file it came from, counted from 1.
         format: one of ``encode.FORMATS``.
         key: 63-bit hash of ids and labels: rows of equal content have equal keys, wherever they
-            stand.
+            stand. A weight other than 1 is part of the content.
+        weight: by which the loss of each of the row's tokens is multiplied.
     """
 
     input_ids: np.ndarray
@@ -55,6 +56,7 @@ class Row:
     line: int
     format: str
     key: int
+    weight: float = 1.0
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -111,7 +113,7 @@ class RowSet:
         return "; ".join(parts)
 
 
-def make_row(ids: list[int], supervised: list[bool], line: int, kind: str) -> Row:
+def make_row(ids: list[int], supervised: list[bool], line: int, kind: str, weight: float = 1.0) -> Row:
     """A :class:`Row` of ``ids`` and the mask of supervised tokens.
 
     Raises:
@@ -126,8 +128,9 @@ def make_row(ids: list[int], supervised: list[bool], line: int, kind: str) -> Ro
         raise RowError("no_supervised_token", "no supervised token")
     # Fixed byte order and width: the key names the row on every machine.
     content = input_ids.astype("<i4").tobytes() + labels.astype("<i4").tobytes()
+    content += weights.name_of(weight)
     key = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
-    return Row(input_ids, labels, line, kind, key)
+    return Row(input_ids, labels, line, kind, key, weight)
 
 
 def format_of(record: object) -> str:
@@ -300,7 +303,7 @@ class _Reader:
             if self.on_long_row != "truncate":
                 raise RowError("too_long", f"{len(ids)} tokens, the limit is {self.max_length}")
             ids, supervised = ids[: self.max_length], supervised[: self.max_length]
-        row = make_row(ids, supervised, number, kind)
+        row = make_row(ids, supervised, number, kind, weights.weight_of(record))
         self.counts["truncated"] += cut
         self.counts["without_end"] += without_end
         return row

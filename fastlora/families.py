@@ -64,6 +64,8 @@ class Family:
         divisor_field: configuration field by which the logits are divided, or None.
         known_head: ``head_of`` knows this family's head.
         layout: of its decoder layers, for fastlora.fuse; None: they are not fused.
+        by_token: classes of its mixture of experts (router, experts kept as parameters of three
+            dimensions) whose forward takes tensors of one row a token and gives the same.
     """
 
     model_type: str
@@ -72,8 +74,10 @@ class Family:
     divisor_field: str | None = None
     known_head: bool = True
     layout: Layout | None = None
+    by_token: tuple[str, ...] = ()
 
 
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FAMILIES: dict[str, Family] = {
     row.model_type: row
     for row in (
@@ -96,6 +100,8 @@ FAMILIES: dict[str, Family] = {
         # its norms of queries and keys run over all heads at once
         Family("olmo2"),
         Family("granite", divisor_field="logits_scaling", layout=Layout()),
+        Family("qwen3_moe", _ATTENTION, by_token=("Qwen3MoeTopKRouter", "Qwen3MoeExperts")),
+        Family("mixtral", _ATTENTION, by_token=("MixtralTopKRouter", "MixtralExperts")),
     )
 }
 

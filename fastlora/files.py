@@ -29,14 +29,19 @@ def atomic_write(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        # mkstemp makes files private; the result gets the permissions an ordinary open() would give.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
+        # mkstemp makes files private
+        temporary.chmod(ordinary_mode())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def ordinary_mode() -> int:
+    """The permissions that a file made by an ordinary open() gets."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def atomic_write_text(path: str | os.PathLike, text: str) -> None:

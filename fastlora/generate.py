@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -113,6 +113,34 @@ def generate(
     if stream is not None and text.startswith(said) and len(text) > len(said):
         stream(text[len(said) :])
     return text
+
+
+def converse(model: torch.nn.Module, tokenizer, turns: Iterable[str], **settings) -> Iterator[str]:
+    """Answer one user turn after the other, each with all that was said before; yields each answer once it is complete.
+
+    Args:
+        turns: the user's, taken one by one as they are needed.
+        settings: of :func:`generate`, whose errors are raised here too.
+    """
+    said: list[dict] = []
+    for turn in turns:
+        said.append({"role": "user", "content": turn})
+        answer = generate(model, tokenizer, said, **settings)
+        # A turn that was answered with nothing is taken back: chats have no empty turns of the assistant.
+        if answer.strip():
+            said.append({"role": "assistant", "content": answer})
+        else:
+            said.pop()
+        yield answer
+
+
+def lines(source: Iterable[str], ask: Callable[[], object]) -> Iterator[str]:
+    """Lines without their ends, empty ones left out; ``ask`` is called before each is waited for."""
+    ask()
+    for line in source:
+        if line.strip():
+            yield line.strip()
+        ask()
 
 
 def prompt_tokens(

@@ -18,9 +18,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from fastlora import blocks
+from fastlora import blocks, stream
 from fastlora.errors import InputError
-from fastlora.families import batch_dependent_rope
+from fastlora.families import batch_dependent_rope, family_of
 from fastlora.fuse import Fused, fuse
 from fastlora.ops import attention, glu, rms_norm
 from fastlora.ops.frozen_linear import frozen_linear
@@ -47,6 +47,19 @@ class _TiledNorm:
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm.rms_norm(x, self.weight, _eps(self), self._tiled_style)
+
+
+class _TiledRows:
+    """Put before a router's or experts' class: its forward one fixed tile after the other.
+
+    Which tokens of a tile go to an expert is a matter of the tile alone, so every product inside has one shape and one
+    content wherever the document lies.
+    """
+
+    def forward(self, *rows: torch.Tensor):
+        sizes = [stop - start for start, stop in stream.tiles(rows[0].shape[0])]
+        parts = [super(_TiledRows, self).forward(*part) for part in zip(*(t.split(sizes) for t in rows))]
+        return tuple(map(torch.cat, zip(*parts))) if isinstance(parts[0], tuple) else torch.cat(parts)
 
 
 class _TiledGate:
@@ -126,6 +139,7 @@ def make_invariant(model: nn.Module, *, checkpoint_every: int = 0) -> Invariant:
         devices = sorted({p.device.type for p in model.parameters()})
         if devices == ["cpu"]:
             _align(model)
+            _tile_experts(model, done)
         else:
             # before its modules are swapped: the probe compares with the model's own
             done.fused = fuse(model, checkpoint_every=checkpoint_every)
@@ -139,6 +153,9 @@ def make_invariant(model: nn.Module, *, checkpoint_every: int = 0) -> Invariant:
 
 
 def _refuse_layers(model: nn.Module) -> None:
+    if getattr(model.config, "router_jitter_noise", 0.0):
+        raise InputError(f"config.router_jitter_noise is {model.config.router_jitter_noise}; set it to 0 (noise of torch's own "
+                         "is not exact)")
     for kind in getattr(model.config, "layer_types", None) or ():
         if kind not in _LAYER_TYPES:
             raise InputError(
@@ -193,10 +210,22 @@ def _align(model: nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
+def _tile_experts(model: nn.Module, done: Invariant) -> None:
+    """Routers and experts of a known family, on the CPU; grouped products of all experts give way to one expert at a time."""
+    names = family_of(model).by_token
+    if names and hasattr(model, "set_experts_implementation"):
+        before = model.config._experts_implementation
+        model.set_experts_implementation("eager")
+        done._undo.append(lambda: model.set_experts_implementation(before))
+    for module in model.modules():
+        if type(module).__name__ in names and not any(p.requires_grad for p in module.parameters()):
+            done.set(module, "__class__", _before(_TiledRows, type(module)))
+
+
 def _swap_modules(model: nn.Module, done: Invariant, devices: list[str]) -> None:
     head, norms = model.get_output_embeddings(), []
     for path, module in model.named_modules():
-        if module is head or isinstance(module, nn.Embedding):
+        if module is head or isinstance(module, (nn.Embedding, _TiledRows)):
             continue
         own, kind = list(module.parameters(recurse=False)), type(module).__name__
         if type(module) is nn.Linear:

@@ -67,6 +67,9 @@ class AdamW(torch.optim.Optimizer):
         max_grad_norm: clip the global L2 norm of the gradient to this; None does not clip.
         gradient_scale: a static power of two by which the caller multiplied the loss before backward; the
             gradient is divided by it. It lifts small gradients above 2**-40 (and above fp16's floor).
+        loraplus_lr_ratio: the rate of B over that of A (LoRA+, Hayou, Ghosh and Yu 2024; PEFT's name). Other than 1
+            makes two parameter groups, A first, each with its own ``lr`` and with ``lr_ratio`` (1 and this), by
+            which whoever sets rates must multiply.
 
     Raises:
         InputError: an argument out of range, or a trainable parameter that is not fp32.
@@ -83,6 +86,7 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
         gradient_scale: float = 1.0,
+        loraplus_lr_ratio: float = 1.0,
     ) -> None:
         numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "gradient_scale": gradient_scale}
         for name, value in numbers.items():
@@ -94,6 +98,7 @@ class AdamW(torch.optim.Optimizer):
         _within("max_grad_norm", max_grad_norm, max_grad_norm is None or max_grad_norm > 0, "None or > 0")
         power = 0 < gradient_scale < math.inf and math.frexp(gradient_scale)[0] == 0.5
         _within("gradient_scale", gradient_scale, power, "a positive power of two")
+        _within("loraplus_lr_ratio", loraplus_lr_ratio, 0 < loraplus_lr_ratio < math.inf, "a finite number > 0")
         if not isinstance(model, nn.Module):
             raise InputError(f"model: got {type(model).__name__}; allowed is a torch.nn.Module")
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -103,7 +108,8 @@ class AdamW(torch.optim.Optimizer):
             if p.dtype != torch.float32 or not p.is_contiguous():
                 raise InputError(f"{name}: got {p.dtype}; allowed is contiguous torch.float32 "
                                  "(smaller types lose updates below half a unit in the last place)")
-        super().__init__(named, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "lr_ratio": 1.0}
+        super().__init__(_groups(named, lr, loraplus_lr_ratio), defaults)
         self.max_grad_norm = max_grad_norm
         self.gradient_scale = float(gradient_scale)
         self._model = model
@@ -260,6 +266,16 @@ class AdamW(torch.optim.Optimizer):
             made.append((table, members[0]))
         self._tables = tables
         return made, others
+
+
+def _groups(named: list[tuple[str, torch.Tensor]], lr: float, ratio: float) -> list:
+    """One group, or A and B apart where they have rates of their own."""
+    if ratio == 1:
+        return named
+    of_b = [(n, p) for n, p in named if n.endswith("lora_B.weight")]
+    rest = [(n, p) for n, p in named if not n.endswith("lora_B.weight")]
+    groups = [{"params": rest}, {"params": of_b, "lr": lr * ratio, "lr_ratio": ratio}]
+    return [group for group in groups if group["params"]]
 
 
 def _within(name: str, value: object, ok: bool, allowed: str) -> None:

@@ -7,6 +7,7 @@ of the alignment.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class MicroBatch:
         supervised: labels that are not -100.
         lines: line number of each document in its file.
         chosen: the supervised rows, on the tensors' device.
+        weights: of each document's loss, or None where all are 1.
     """
 
     input_ids: torch.Tensor
@@ -45,6 +47,7 @@ class MicroBatch:
     supervised: int
     lines: tuple[int, ...]
     chosen: Supervised
+    weights: tuple[float, ...] | None = None
 
 
 def epoch_order(n: int, seed: int, epoch: int, shuffle: bool = True) -> list[int]:
@@ -159,4 +162,13 @@ def collate(
         supervised=sum(chosen.counts),
         chosen=chosen.to(device),
         lines=tuple(row.line for row in rows),
+        weights=tuple(row.weight for row in rows) if any(row.weight != 1 for row in rows) else None,
     )
+
+
+def supervised_weight(rows: Sequence[Row]) -> int | float:
+    """What the summed loss of a global batch is divided by: supervised tokens, each times its row's weight; the correctly
+    rounded sum, in any order."""
+    if all(row.weight == 1 for row in rows):
+        return sum(row.supervised for row in rows)
+    return math.fsum(row.weight * row.supervised for row in rows)

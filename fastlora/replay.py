@@ -186,7 +186,7 @@ def _sequences(trainer: Trainer, step: int) -> tuple[SequenceOfStep, ...]:
     """The sequences of ``step``, each run alone at the present parameters; its sums are read and dropped."""
     rows = trainer.batch_of(step)
     ids = packing.sample_ids(rows)
-    divisor = sum(row.supervised for row in rows) * trainer.config.gradient_scale
+    divisor = packing.supervised_weight(rows) * trainer.config.gradient_scale
     found = []
     with trainer.one_thread():
         for index, row in enumerate(rows):
@@ -195,7 +195,7 @@ def _sequences(trainer: Trainer, step: int) -> tuple[SequenceOfStep, ...]:
                 norm = _gradient_norm(trainer.model, divisor)
             finally:
                 discard(trainer.model)
-            loss = losses[index] / row.supervised
+            loss = losses[index] / packing.supervised_weight([row])
             found.append(SequenceOfStep(row.line, f"{ids[index]:016x}", norm, loss, row.supervised))
     return tuple(sorted(found, key=lambda s: (-s.gradient_norm, s.line)))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import platform
 import re
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from fastlora import weights
 from fastlora.errors import InputError
 from fastlora.families import Head, head_of
 from fastlora.ops.linear_cross_entropy import LossRecord, linear_cross_entropy
@@ -120,6 +122,22 @@ def load_tokenizer(name: str | None, *, gguf_file: str | None = None, trust_remo
         )
 
 
+def load_config(name: str | None, *, gguf_file: str | None = None, trust_remote_code: bool = False):
+    """The transformers configuration of a model (see :func:`find_model`); no weight is read.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    import transformers
+
+    place, gguf_file, fetch = find_model(name, gguf_file)
+    with _reading("configuration", place):
+        return transformers.AutoConfig.from_pretrained(
+            place, local_files_only=not fetch, trust_remote_code=trust_remote_code,
+            **({"gguf_file": gguf_file} if gguf_file else {}),
+        )
+
+
 def load_model(
     name: str | None, *, gguf_file: str | None = None, dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu", trust_remote_code: bool = False,
@@ -147,7 +165,16 @@ def load_model(
     if missing:
         raise InputError(f"model = {place!r}: {len(missing)} weights are missing from its files "
                          f"({', '.join(missing[:3])}); they would be random")
+    if gguf_file is not None:
+        _not_quantised(model)
     return _aligned(model.to(device))
+
+
+def _not_quantised(model: nn.Module) -> None:
+    """Weights read from GGUF are plain floats by now; the mark that transformers leaves on them forbids saving the model."""
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        vars(model).pop(name, None)
+    vars(model.config).pop("quantization_config", None)
 
 
 def _aligned(model: nn.Module) -> nn.Module:
@@ -176,21 +203,36 @@ def load(config: TrainConfig, say: Callable[[str], object] = lambda line: None) 
 @contextlib.contextmanager
 def reading(what: str, place: str) -> Iterator[None]:
     """Turn what transformers raises on a bad folder into one line that names the folder."""
-    from transformers.utils import logging
-
-    # Its bars and notes would stand between our lines; what matters is checked and raised.
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        yield
+        with quiet():
+            yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError,
             SafetensorError) as error:
         text = " ".join(str(error).split())
         if "trust_remote_code" in text:
             text = "it needs code of its own; --trust-remote-code runs it, if you trust that code"
         raise InputError(f"model = {place!r}: its {what} cannot be read: {text[:400]}") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without bars and notes, inside the block alone: they would stand between our lines, and what matters is
+    checked and raised."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    # GGUF files are read under a bar of tqdm's own, which transformers' settings do not turn off.
+    bar = getattr(reader, "tqdm", None)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if bar is not None:
+        reader.tqdm = functools.partial(bar, disable=True)
+    try:
+        yield
     finally:
+        if bar is not None:
+            reader.tqdm = bar
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
@@ -220,7 +262,8 @@ class BatchLoss:
     """The loss of one micro-batch.
 
     Attributes:
-        total: scalar with a gradient: the *sum* of the supervised tokens' losses, z-loss included.
+        total: scalar with a gradient: the *sum* of the supervised tokens' losses, z-loss included, each times its
+            document's weight.
         documents: that sum for each document of the stream, detached, float64 [documents].
         supervised: tokens counted.
     """
@@ -239,31 +282,38 @@ class Objective:
     Args:
         model: a causal language model.
         label_smoothing, z_loss: see :func:`fastlora.ops.linear_cross_entropy.linear_cross_entropy`.
+        weighted: whether the documents' weights count.
     """
 
-    def __init__(self, model: nn.Module, label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
-        self.model, self.label_smoothing, self.z_loss = model, label_smoothing, z_loss
+    def __init__(self, model: nn.Module, label_smoothing: float = 0.0, z_loss: float = 0.0, weighted: bool = True) -> None:
+        self.model, self.label_smoothing, self.z_loss, self.weighted = model, label_smoothing, z_loss, weighted
         self.head: Head | None = head_of(model)
 
     def plain(self) -> Objective:
         """The same model's cross-entropy alone, as held-out data is judged by."""
-        return Objective(self.model)
+        return Objective(self.model, weighted=False)
 
     def __call__(self, batch: MicroBatch) -> BatchLoss:
         """The loss of ``batch``, whose tensors lie on the model's device."""
+        given = batch.weights if self.weighted else None
         if self.head is None:
             logits = self.model(
                 input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
             ).logits
-            return _loss_of_logits(logits[0], batch, self.label_smoothing, self.z_loss)
-        hidden = self.head.decoder(batch.input_ids, batch.position_ids, use_cache=False)
+            return _loss_of_logits(logits[0], batch, given, self.label_smoothing, self.z_loss)
+        hidden = self.head.decoder(batch.input_ids, batch.position_ids, use_cache=False)[0]
+        if given is not None:
+            hidden = weights.weigh_gradient(hidden, batch.stream, given)
         record = LossRecord()
         total, supervised = linear_cross_entropy(
-            hidden[0], self.head.weight, batch.labels, softcap=self.head.softcap,
+            hidden, self.head.weight, batch.labels, softcap=self.head.softcap,
             logit_scale=self.head.logit_scale, label_smoothing=self.label_smoothing, z_loss=self.z_loss,
             record=record, chosen=batch.chosen,
         )
-        return BatchLoss(total, record.documents, supervised)
+        if given is None:
+            return BatchLoss(total, record.documents, supervised)
+        documents = record.documents * torch.tensor(given, dtype=torch.float64, device=record.documents.device)
+        return BatchLoss(total + (documents.sum() - total).detach(), documents, supervised)
 
     def not_exact(self) -> list[tuple[str, str]]:
         """(module, reason) of what this class itself does not make independent of the split."""
@@ -273,16 +323,18 @@ class Objective:
                             "table of families; the loss is torch's own over its logits")]
 
 
-def _loss_of_logits(logits: torch.Tensor, batch: MicroBatch, label_smoothing: float, z_loss: float) -> BatchLoss:
+def _loss_of_logits(
+    logits: torch.Tensor, batch: MicroBatch, given: tuple[float, ...] | None, label_smoothing: float, z_loss: float
+) -> BatchLoss:
     """:class:`BatchLoss` from logits [T, V], document by document."""
     losses = []
-    for start, stop in batch.stream.spans:
+    for number, (start, stop) in enumerate(batch.stream.spans):
         labels = batch.labels[start:stop]
         kept = labels != -100
         rows = logits[start:stop][kept].float()
         loss = nn.functional.cross_entropy(rows, labels[kept], reduction="sum", label_smoothing=label_smoothing)
         if z_loss:
             loss = loss + z_loss * rows.logsumexp(1).square().sum()
-        losses.append(loss.double())
+        losses.append(loss.double() * (1.0 if given is None else given[number]))
     documents = torch.stack(losses)
     return BatchLoss(documents.sum(), documents.detach(), batch.supervised)

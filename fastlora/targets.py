@@ -155,6 +155,9 @@ def _check_linear(path: str, module: nn.Module, heads: dict[str, str]) -> None:
         for name, child in module.named_modules()
         if name and isinstance(child, nn.Linear)
     ]
+    experts = _experts({path: module})
+    if experts is not None:
+        raise InputError(f"target_modules: {_why_no_experts(*experts)}")
     hint = f"; the linear layers inside it: {', '.join(inside[:8])}" if inside else ""
     raise InputError(
         f"target_modules: {path} is a {kind}, allowed are torch.nn.Linear layers{hint}"
@@ -243,12 +246,32 @@ def _sort_patterns(config: LoraConfig, found: list[str]) -> LoraConfig:
 
 
 def _nothing(what: str, names: list[str] | str, paths: dict[str, nn.Module]) -> str:
+    experts = _experts(paths)
+    if experts is not None and re.search("gate|up|down|experts|w1|w2|w3", str(names)):
+        return f"{what}: matches no linear layer; {_why_no_experts(*experts)}"
     linear = [path for path, module in paths.items() if isinstance(module, nn.Linear)]
     if isinstance(names, str):
         return (
             f"{what}: matches nothing; it must match a whole path, such as {_near(names, linear)}"
         )
     return f"{what}: matches nothing; allowed: {_near(names[0], linear)}"
+
+
+def _experts(paths: dict[str, nn.Module]) -> tuple[str, list[str]] | None:
+    """The first module that keeps its experts as bare parameters, and their names."""
+    for path, module in paths.items():
+        found = [n for n, p in module.named_parameters(recurse=False) if p.dim() == 3]
+        if found and "experts" in path.lower() + type(module).__name__.lower():
+            return path, found
+    return None
+
+
+def _why_no_experts(path: str, parameters: list[str]) -> str:
+    return (
+        f"{path} holds all its experts in {' and '.join(parameters)} of three dimensions, and LoRA on those is not supported "
+        "(an adapter for each expert needs sums over the tokens that went to it, and PEFT's own file keeps them as one "
+        "block); allowed are the attention's projections"
+    )
 
 
 def _near(name: str, paths: list[str]) -> str:

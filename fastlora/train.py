@@ -144,6 +144,7 @@ class Trainer:
         self.optimizer = AdamW(
             model, config.learning_rate, weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm or None, gradient_scale=config.gradient_scale,
+            loraplus_lr_ratio=config.loraplus_lr_ratio,
         )
         self.identity = rundir.identity(self)
         for line in rundir.repeated(self.stored, self.identity):
@@ -233,7 +234,7 @@ class Trainer:
         rows = self.batch_of(step)
         ids = packing.sample_ids(rows)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rates[step - 1]
+            group["lr"] = self.rates[step - 1] * group["lr_ratio"]
         with self.one_thread():
             losses, micro_batches = self.in_memory(rows, lambda cuts: self.sums(rows, ids, cuts, step))
             update = self._update(rows, step)
@@ -253,7 +254,7 @@ class Trainer:
         step = self.done
         names = ("tokens", "padded_tokens", "supervised_tokens")
         tokens, padded, supervised = (sum(m[name] for m in micro_batches) for name in names)
-        loss = fsum(losses) / supervised
+        loss = fsum(losses) / packing.supervised_weight(self.batch_of(step))
         self.losses.append((step, loss))
         seconds = time.perf_counter() - started
         record = {
@@ -281,7 +282,7 @@ class Trainer:
 
     def _update(self, rows: Sequence[Row], step: int) -> StepReport:
         try:
-            return self.optimizer.step(supervised_tokens=sum(row.supervised for row in rows))
+            return self.optimizer.step(supervised_tokens=packing.supervised_weight(rows))
         except TrainingError as error:
             blame = guards.blame_gradient(self.objective, rows, self.alignment, self.device,
                                           self.config.seed, step)

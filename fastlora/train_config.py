@@ -11,7 +11,7 @@ from fastlora.errors import InputError
 
 SCHEDULERS = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
-    "inverse_sqrt",
+    "inverse_sqrt", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -37,6 +37,8 @@ class TrainConfig:
         max_length: longest row in tokens; None means what the model allows.
         steps: optimiser steps; None means ``epochs`` passes over the data (a fraction is allowed).
         learning_rate: peak rate. ``warmup_ratio``: share of the steps that warm up; none has rate 0.
+        loraplus_lr_ratio: LoRA+: the rate of B over that of A; ``learning_rate`` is A's.
+        lr_scheduler_kwargs: further settings of the schedule by transformers' names, such as ``{"min_lr_rate": 0.1}``.
         max_grad_norm: clip norm of the exact gradient of the mean loss; 0 or None turns it off.
         gradient_scale: a static power of two applied to the loss and taken out again by the optimiser;
             raises small partial sums above the fixed point's low end.
@@ -73,8 +75,10 @@ class TrainConfig:
     epochs: float | None = None
     learning_rate: float = 2e-4
     lr_scheduler: str = "linear"
+    lr_scheduler_kwargs: dict = dataclasses.field(default_factory=dict)
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
+    loraplus_lr_ratio: float = 1.0
     max_grad_norm: float | None = 1.0
     gradient_scale: float = 1.0
     label_smoothing: float = 0.0
@@ -122,6 +126,7 @@ class TrainConfig:
         self._number("learning_rate", "above 0", lambda v: v > 0)
         self._number("warmup_ratio", "from 0 to below 1", lambda v: 0 <= v < 1)
         self._number("weight_decay", "0 or more", lambda v: v >= 0)
+        self._number("loraplus_lr_ratio", "above 0", lambda v: v > 0)
         self._number("label_smoothing", "from 0 to below 1", lambda v: 0 <= v < 1)
         self._number("z_loss", "0 or more", lambda v: v >= 0)
         if self.max_grad_norm is not None:
@@ -133,6 +138,10 @@ class TrainConfig:
         self._set("dtype", DTYPE_SHORT.get(self.dtype, self.dtype))
         self._set("save_dtype", DTYPE_SHORT.get(self.save_dtype, self.save_dtype))
         self._choice("lr_scheduler", SCHEDULERS)
+        if not isinstance(self.lr_scheduler_kwargs, dict):
+            raise InputError(f"lr_scheduler_kwargs = {self.lr_scheduler_kwargs!r}: allowed is a dictionary of settings by name")
+        if self.lr_scheduler_kwargs and self.lr_scheduler.startswith("constant"):  # transformers drops them
+            raise InputError(f"lr_scheduler_kwargs = {self.lr_scheduler_kwargs!r}: {self.lr_scheduler} takes none")
         self._choice("on_bad_row", ("refuse", "skip"))
         self._choice("on_long_row", ("refuse", "skip", "truncate"))
         self._choice("device", DEVICES)
@@ -206,8 +215,8 @@ class TrainConfig:
 # Fields that decide the adapter's bytes: a checkpoint of other values is refused by --resume. Model, data,
 # number of steps and dtype are compared as they came out, not as they were asked for.
 DECIDES_BYTES = (
-    "batch_size", "learning_rate", "lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm",
-    "gradient_scale", "label_smoothing", "z_loss", "seed", "shuffle",
+    "batch_size", "learning_rate", "lr_scheduler", "lr_scheduler_kwargs", "warmup_ratio", "weight_decay", "loraplus_lr_ratio",
+    "max_grad_norm", "gradient_scale", "label_smoothing", "z_loss", "seed", "shuffle",
 )
 
 
@@ -218,6 +227,9 @@ def learning_rates(config: TrainConfig, steps: int) -> list[float]:
     the first step of a warm-up nor the last of a decay has rate 0: with w warm-up steps the rates begin
     peak * 1/(w+1), 2/(w+1), ... and the peak is reached at step w+1. Computed once, on a parameter of its
     own: a resumed run needs no scheduler state.
+
+    Raises:
+        InputError: ``lr_scheduler_kwargs`` that the schedule does not take, lacks, or that give a rate of 0 or below, or not finite.
     """
     import torch
     import transformers
@@ -225,14 +237,23 @@ def learning_rates(config: TrainConfig, steps: int) -> list[float]:
     warmup = min(math.ceil(config.warmup_ratio * steps), steps - 1)
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=config.learning_rate)
-    schedule = transformers.get_scheduler(
-        config.lr_scheduler, optimizer, num_warmup_steps=warmup + 1, num_training_steps=steps + 1
-    )
+    try:
+        schedule = transformers.get_scheduler(
+            config.lr_scheduler, optimizer, num_warmup_steps=warmup + 1, num_training_steps=steps + 1,
+            scheduler_specific_kwargs=dict(config.lr_scheduler_kwargs),
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"lr_scheduler_kwargs = {config.lr_scheduler_kwargs!r}: {config.lr_scheduler} does not take them as they "
+                         f"are ({error})") from error
     rates = []
     for _ in range(steps):
         optimizer.step()
         schedule.step()
         rates.append(float(optimizer.param_groups[0]["lr"]))
+    odd = next((i for i, rate in enumerate(rates) if not 0 < rate < math.inf), None)
+    if odd is not None:
+        raise InputError(f"lr_scheduler_kwargs = {config.lr_scheduler_kwargs!r}: they give step {odd + 1} of {steps} the rate "
+                         f"{rates[odd]}; allowed are finite rates above 0")
     return rates
 
 

@@ -6,6 +6,12 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+# What keeps a mixture of experts small; for tiny_model.
+EXPERTS = {
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
 
 def tiny_model(
     model_type: str = "llama", *, seed: int = 0, layers: int = 2, **overrides

@@ -192,16 +192,3 @@ def test_readme_train_command_gives_the_files_that_readme_lists(place):
     assert done.returncode == 0, done.stderr
     assert {"adapter_config.json", "checkpoints/"} <= set(documented_files())
     assert [name for name in documented_files() if not (place / "my-run" / name).exists()] == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", source.files("examples"), ids=source.name)
-def test_examples_run(path, tmp_path):
-    done = run(str(path), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout
-    if path.name == "plain_loop.py":
-        digests = [line.split()[-1] for line in done.stdout.splitlines()]
-        assert len(digests) == 4
-        assert digests[0] == digests[1]  # exact sums: one digest for both orders
-        assert digests[2] != digests[3]  # float sums: the control

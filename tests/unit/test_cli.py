@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 from tiny_run import run_command as run
 from tiny_run import save_model, write_rows
+
+from tests.unit.tiny_tokenizer import PLAIN_TEMPLATE, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +112,6 @@ def test_train_runs_no_code_from_a_model_folder(model, tmp_path, capsys):
 
 
 def test_train_refuses_a_model_with_missing_weights(model, tmp_path, capsys):
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(model, tmp_path / "partial")
@@ -153,6 +155,14 @@ def test_train_report_generate_data_and_merge_from_flags(model, tmp_path, capsys
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token == "<|end|>"
 
 
+def test_generate_chat_answers_every_line_of_standard_input(model, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(model, tmp_path / "chat")
+    make_tokenizer(PLAIN_TEMPLATE).save_pretrained(folder)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\nworld\n"))
+    code, out, err = run(capsys, "generate", "--model", folder, "--chat", "--max-new-tokens", 3, "--device", "cpu")
+    assert (code, err) == (0, "") and out.count("\n") >= 2  # one for each answer, and those it holds
+
+
 def test_train_resume_needs_the_output_folder_alone(model, tmp_path, capsys):
     data = write_rows(tmp_path / "rows.jsonl")
     common = ["train", "--model", model, "--data", data, "--steps", 4, "--batch-size", 4, "--rank", 2,
@@ -177,6 +187,14 @@ def test_train_resume_needs_the_output_folder_alone(model, tmp_path, capsys):
     (["generate", "--model", "{model}", "--prompt", "x", "--temperature", "-1"], "temperature"),
     (["data", "/nowhere/d", "--model", "{model}"], "/nowhere/d"),
     (["merge", "--model", "{model}", "--adapter", "/nowhere/e", "--output", "out"], "/nowhere/e"),
+    (["train", "--model", "{model}", "--data", "d", "--output", "o", "--use-dora"], "DoRA"),
+    (["train", "--model", "{model}", "--data", "d", "--output", "o", "--modules-to-save", "lm_head"], "sum over tokens"),
+    (["train", "--model", "{model}", "--data", "d", "--output", "o", "--init-lora-weights", "pissa"], "PiSSA"),
+    (["train", "--model", "{model}", "--data", "d", "--output", "o", "--loraplus-lr-ratio", "0"], "loraplus_lr_ratio"),
+    (["train", "--model", "{model}", "--data", "d", "--output", "o", "--lr-scheduler-kwargs", "{"], "not JSON"),
+    (["generate", "--model", "{model}"], "--prompt TEXT or --chat"),
+    (["generate", "--model", "{model}", "--prompt", "x", "--chat"], "--prompt TEXT or --chat"),
+    (["generate", "--model", "{model}", "--chat", "--format", "text"], "a chat is made of messages"),
     (["bogus"], "bogus"),
 ])
 def test_other_commands_bad_input_exits_2(arguments, expected, model, capsys):

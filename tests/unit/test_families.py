@@ -6,13 +6,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastlora.config import LoraConfig
+from fastlora.errors import InputError
 from fastlora.families import FAMILIES, batch_dependent_rope, family_of, head_of
-from tests.models import tiny_model, tokens
+from fastlora.inject import inject, lora_layers
+from tests.models import EXPERTS, tiny_model, tokens
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_head_of_gives_the_models_own_logits(model_type):
-    special = {"granite": {"logits_scaling": 3.0}, "gemma3_text": {"final_logit_softcapping": 5.0}}
+    special = EXPERTS | {"granite": {"logits_scaling": 3.0}, "gemma3_text": {"final_logit_softcapping": 5.0}}
     extra = special.get(model_type, {})
     model, ids = tiny_model(model_type, **extra).eval(), tokens()
     with torch.no_grad():
@@ -32,6 +35,18 @@ def test_head_of_gives_the_models_own_logits(model_type):
     assert (family_of(model).softcap_field is None) == (softcap is None)
     assert ((found - exact).abs() <= bound).all()
     assert (found.abs() > bound).any()
+
+
+@pytest.mark.parametrize("model_type", sorted(EXPERTS))
+@pytest.mark.parametrize("names", [["q_proj", "gate_proj"], ["experts"], ["down_proj"], ".*experts.*"])
+def test_inject_refuses_experts_by_name_with_the_reason(model_type, names):
+    model = tiny_model(model_type, **EXPERTS[model_type])
+    with pytest.raises(InputError) as caught:
+        inject(model, LoraConfig(r=2, target_modules=names))
+    assert "mlp.experts" in str(caught.value) and "not supported" in str(caught.value)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    inject(model, LoraConfig(r=2))
+    assert {layer.path.rpartition(".")[2] for layer in lora_layers(model)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 def test_head_of_unknown_family_and_classifier_is_none():

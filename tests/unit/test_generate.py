@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastlora import encode, rundir, template
 from fastlora.errors import InputError, TrainingError
-from fastlora.generate import generate, prompt_tokens, stored_format
+from fastlora.generate import converse, generate, lines, prompt_tokens, stored_format
 from tests.unit.tiny_tokenizer import PLAIN_TEMPLATE, make_tokenizer
 
 
@@ -107,6 +107,21 @@ def test_generate_stops_where_the_chat_template_ends_a_turn(tokenizer):
     network = Scripted([*said, stop, tokenizer.eos_token_id], len(tokenizer))
     assert generate(network, tokenizer, "one") == "two"
     assert len(network.reads) == len(said) + 2
+
+
+def test_converse_gives_each_turn_all_that_was_said(model, tokenizer):
+    asked, pieces, seen = [], [], []
+    model.register_forward_pre_hook(lambda _, args, kw: seen.append(kw["input_ids"][0].tolist()), with_kwargs=True)
+    turns = lines(["one\n", "  \n", "is\n"], lambda: asked.append(len(pieces)))
+    model.generation_config.eos_token_id = None
+    answers = list(converse(model, tokenizer, turns, format="messages", max_new_tokens=2, stream=pieces.append))
+    assert len(answers) == 2 and all(answer.strip() for answer in answers) and "".join(pieces) == "".join(answers)
+    said = [{"role": "user", "content": "one"}]
+    assert seen[0] == template.generation_ids(tokenizer, said)
+    said += [{"role": "assistant", "content": answers[0]}, {"role": "user", "content": "is"}]
+    assert template.generation_ids(tokenizer, said) in seen[1:]
+    # asked before the first line and after each, the empty one too; an answer stands before the next is asked for
+    assert len(asked) == 4 and asked[0] == 0 and asked[1] == asked[2] > 0
 
 
 def test_generate_sampling_is_repeatable_and_follows_the_seed(model, tokenizer):

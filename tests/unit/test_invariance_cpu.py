@@ -15,7 +15,9 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    MixtralConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from fastlora import LoraConfig, exact, inject, stream
@@ -51,6 +53,8 @@ CONFIGS = {
     "qwen3": Qwen3Config(**TINY),
     "mistral": MistralConfig(**TINY, sliding_window=40),
     "gemma2": Gemma2Config(**TINY, sliding_window=40, query_pre_attn_scalar=12),
+    "qwen3_moe": Qwen3MoeConfig(**TINY, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24),
+    "mixtral": MixtralConfig(**TINY, num_local_experts=4, num_experts_per_tok=2),
 }
 LENGTHS = (150, 17, 60)
 
@@ -216,9 +220,19 @@ def test_make_invariant_names_rope_that_looks_at_the_batch():
     assert "dynamic" in done.not_exact[0][1]
 
 
+def test_make_invariant_undo_puts_the_experts_implementation_back():
+    model = build(CONFIGS["qwen3_moe"])
+    before = model.config._experts_implementation
+    done = make_invariant(model)
+    assert model.config._experts_implementation == "eager" != before
+    done.undo()
+    assert model.config._experts_implementation == before
+
+
 @pytest.mark.parametrize(
     ("config", "named"),
     [
+        (MixtralConfig(**TINY, num_local_experts=2, router_jitter_noise=0.1), "router_jitter_noise is 0.1"),
         (MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=32), "across the documents"),
         (Qwen3Config(**TINY, layer_types=["full_attention", "chunked_attention"]), "chunked"),
     ],

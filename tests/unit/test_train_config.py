@@ -51,13 +51,44 @@ def test_train_config_short_dtype_names():
     assert config(dtype="bf16").dtype == "bfloat16"
 
 
+# What transformers asks for where a schedule cannot do without.
+NEEDED = {
+    "cosine_with_min_lr": {"min_lr_rate": 0.1}, "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1},
+    "warmup_stable_decay": {"num_decay_steps": 1},
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("steps, ratio", [(1, 0.03), (2, 0.5), (10, 0.3), (40, 0.0)])
 def test_learning_rates_never_zero(name, steps, ratio):
-    rates = learning_rates(config(lr_scheduler=name, warmup_ratio=ratio, learning_rate=1e-3), steps)
+    made = config(lr_scheduler=name, lr_scheduler_kwargs=NEEDED.get(name, {}), warmup_ratio=ratio, learning_rate=1e-3)
+    rates = learning_rates(made, steps)
     assert len(rates) == steps
     assert min(rates) > 0
     assert max(rates) <= 1e-3
+
+
+def test_learning_rates_hands_settings_to_the_schedule():
+    def rates(**settings):
+        return learning_rates(config(learning_rate=1.0, warmup_ratio=0, **settings), 8)
+
+    lowest = rates(lr_scheduler="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.25})
+    assert 0.25 < lowest[-1] < 0.3 and lowest[-1] == min(lowest)
+    held = rates(lr_scheduler="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": 3})
+    assert held[:6] == [1.0] * 6 and held[5] > held[6] > held[7] > 0
+
+
+@pytest.mark.parametrize(("name", "settings", "message"), [
+    ("linear", {"min_lr": 1e-5}, "linear does not take them"),
+    ("cosine_with_min_lr", {}, "cosine_with_min_lr does not take them"),
+    ("constant", {"timescale": 3}, "constant takes none"),
+    ("warmup_stable_decay", {"num_decay_steps": 2, "num_stable_steps": 2}, "step 5 of 8 the rate 0.0"),
+    ("linear", [1], "allowed is a dictionary"),
+])  # fmt: skip
+def test_learning_rates_refuses_settings_by_name(name, settings, message):
+    with pytest.raises(InputError, match=message) as caught:
+        learning_rates(config(lr_scheduler=name, lr_scheduler_kwargs=settings, warmup_ratio=0), 8)
+    assert "lr_scheduler_kwargs" in str(caught.value)
 
 
 def test_learning_rates_warm_up_evenly_to_the_peak():
