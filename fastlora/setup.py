@@ -131,7 +131,7 @@ def load_config(name: str | None, *, gguf_file: str | None = None, trust_remote_
     import transformers
 
     place, gguf_file, fetch = find_model(name, gguf_file)
-    with _reading("configuration", place):
+    with reading("configuration", place):
         return transformers.AutoConfig.from_pretrained(
             place, local_files_only=not fetch, trust_remote_code=trust_remote_code,
             **({"gguf_file": gguf_file} if gguf_file else {}),

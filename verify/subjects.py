@@ -84,7 +84,7 @@ class FastloraLinear:
         return Roundings.fused(
             dtype,
             accumulator=Accumulator(torch.float32, truncating=tensor_cores),
-            fixed_point=FixedPoint() if mode == EXACT else None,
+            fixed_point=(FixedPoint(longest=512, shortest=64) if path == "triton" else FixedPoint()) if mode == EXACT else None,
         )
 
     def _backend(self) -> contextlib.AbstractContextManager:
