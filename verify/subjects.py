@@ -81,10 +81,13 @@ class FastloraLinear:
         """S and dS rounded once; y and dx rounded once from an fp32 accumulator; integer sums if
         exact."""
         tensor_cores = self.device == "cuda" and dtype in HALF
+        # the kernels' chunks: up to 512 tokens of a document, which is padded to 64
+        kernels = self.forced == "triton" or (self.forced is None and self.device == "cuda")
+        chunks = FixedPoint(longest=512, shortest=64) if kernels else FixedPoint()
         return Roundings.fused(
             dtype,
             accumulator=Accumulator(torch.float32, truncating=tensor_cores),
-            fixed_point=(FixedPoint(longest=512, shortest=64) if path == "triton" else FixedPoint()) if mode == EXACT else None,
+            fixed_point=chunks if mode == EXACT else None,
         )
 
     def _backend(self) -> contextlib.AbstractContextManager:
