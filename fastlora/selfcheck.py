@@ -28,24 +28,23 @@ def exactness_line(
         not_exact: (module, reason) of what is known not to be independent of the cut.
 
     Returns:
-        On CPU what is claimed. On CUDA ``equal`` if the exact sums of the first batch, cut in two ways, are
-        the same in every bit, else ``exactness on CUDA not claimed yet: <module>: <reason>``.
+        What is claimed, or ``exactness not claimed: <module>: <reason>``. On CUDA the exact sums of the first batch are compared
+        under two cuts first, and one that differs is such a reason.
     """
     if trainer.float_sums:
         return "float sums (a control): the adapter depends on how each batch is cut"
-    on_cuda = trainer.device.type == "cuda"
-    if not_exact and not on_cuda:
+    if not_exact:
         module, reason = not_exact[0]
         more = f" (and {len(not_exact) - 1} more)" if len(not_exact) > 1 else ""
         return f"exactness not claimed: {module}: {reason}{more}"
-    if not on_cuda:
+    if trainer.device.type != "cuda":
         return ("exact under splitting: on this CPU the adapter's bytes do not depend on micro-batches, "
                 "order inside a batch, or threads")
     odd, tried = compare(trainer, rows, ids)
-    if odd is None:
-        return f"exactness on CUDA, first batch cut in two ways ({tried}): equal"
-    module, reason = not_exact[0] if not_exact else (odd, f"its gradient sum differs between {tried}")
-    return f"exactness on CUDA not claimed yet: {module}: {reason}"
+    if odd is not None:
+        return f"exactness not claimed: {odd}: its gradient sum differs between {tried}"
+    return ("exact under splitting: on this GPU model, driver and set of versions the adapter's bytes do not depend on micro-batches or "
+            f"order inside a batch; first batch cut in two ways ({tried}): equal")
 
 
 def compare(trainer: Trainer, rows: Sequence[Row], ids: Sequence[int]) -> tuple[str | None, str]:
