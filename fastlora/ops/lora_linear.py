@@ -165,8 +165,11 @@ def _check(x, weight, a, b, bias, dropout, key) -> None:
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise InputError("weight, bias: requires_grad is True; the base is frozen, call requires_grad_(False) on it")
     check_probability(dropout)
-    if dropout > 0.0 and key is None:
-        raise InputError(f"key: None with dropout {dropout}; allowed: a DropoutKey of one token key a row")
+    if dropout > 0.0:
+        rows = x.numel() // inner if inner else 0
+        have = "None" if key is None else f"a DropoutKey of {key.tokens.numel()} tokens"
+        if key is None or key.tokens.numel() != rows:
+            raise InputError(f"key: {have} with dropout {dropout}; allowed: a DropoutKey of one token key a row, {rows}")
 
 
 def lora_linear(x, weight, a, b, scale, bias=None, *, dropout=0.0, key=None, sums=None):
