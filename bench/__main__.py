@@ -60,27 +60,51 @@ def step(
     """A whole model with random weights: fastlora, PEFT, Liger and torch.compile, each beside the frozen model."""
     from bench import step as level
     from bench.provenance import provenance, result_path
+
+    for name, value in (("tokens", tokens), ("rank", rank), ("samples", samples), ("time_limit", time_limit)):
+        if value <= 0:
+            raise InputError(f"{name} = {value}: allowed is more than 0")
+    place, chosen = _place(device, shape, layers)
+    names = None if systems is None else [name.strip() for name in systems.split(",") if name.strip()]
+    plan = level.plan_for(
+        chosen, place, tokens=tokens, rank=rank, samples=samples, time_limit=time_limit, optimizer=optimizer,
+        commit=commit, say=typer.echo,
+    )
+    if place == "cpu":
+        typer.echo("no GPU: through the torch reference path; these times say nothing about the kernels")
+    path = pathlib.Path(output) if output else result_path(f"step-{chosen.name}", provenance(commit))
+    level.run(plan, names, path)
+    typer.echo(f"results: {path}")
+
+
+@app.command("exact")
+def exact(
+    shape: Annotated[str | None, typer.Option(help="As of step. [8b on a GPU, tiny on a CPU]")] = None,
+    layers: Annotated[int | None, typer.Option(help="Only so many decoder layers. [4, or all of fewer]")] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    output: Output = None,
+    commit: Commit = None,
+) -> None:
+    """Room in the exact sums' integers, and the exact gradient's error beside PEFT's, tensor by tensor."""
+    from bench import exactness
+    from bench.provenance import result_path, write_result
+
+    place, chosen = _place(device, shape, layers)
+    result = exactness.run(chosen.cut(min(layers or 4, chosen.layers)), place, commit=commit, say=typer.echo)
+    path = pathlib.Path(output) if output else result_path(f"exactness-{chosen.name}", result["provenance"])
+    write_result(path, result)
+    typer.echo(f"results: {path}")
+
+
+def _place(device: str, shape: str | None, layers: int | None):
+    """(cuda or cpu, the shape asked for or that device's default)."""
     from bench.shapes import shape_named
     from fastlora.setup import choose_device
 
     if device not in ("auto", "cuda", "cpu"):
         raise InputError(f"device = {device!r}: allowed are auto, cuda and cpu")
-    for name, value in (("tokens", tokens), ("rank", rank), ("samples", samples), ("time_limit", time_limit)):
-        if value <= 0:
-            raise InputError(f"{name} = {value}: allowed is more than 0")
-    place, _ = choose_device(device)
-    on_gpu = place.type == "cuda"
-    chosen = shape_named(shape or ("llama-3.1-8b" if on_gpu else "tiny"), layers)
-    names = None if systems is None else [name.strip() for name in systems.split(",") if name.strip()]
-    plan = level.plan_for(
-        chosen, place.type, tokens=tokens, rank=rank, samples=samples, time_limit=time_limit, optimizer=optimizer,
-        commit=commit, say=typer.echo,
-    )
-    if not on_gpu:
-        typer.echo("no GPU: through the torch reference path; these times say nothing about the kernels")
-    path = pathlib.Path(output) if output else result_path(f"step-{chosen.name}", provenance(commit))
-    level.run(plan, names, path)
-    typer.echo(f"results: {path}")
+    place = choose_device(device)[0].type
+    return place, shape_named(shape or ("llama-3.1-8b" if place == "cuda" else "tiny"), layers)
 
 
 @app.command("cpu")

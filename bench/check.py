@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 import fastlora
+from bench import nonexact
 from bench.shapes import Shape, build
-from bench.systems import Spec, prepare
+from bench.systems import Spec, around_batches, prepare
 from fastlora import blocks, packing, stream
 from fastlora.data import Row, make_row
 from fastlora.exact import discard, exact
@@ -129,7 +130,7 @@ def model(spec: Spec, shape: Shape, device: str, dtype: torch.dtype) -> Verdict:
         for layer in lora_layers(net):
             b = layer.lora_B.weight
             b.copy_(torch.randn(b.shape, generator=draw, device=device) / spec.rank**0.5)
-    rows = _rows(small)
+    rows = _rows(small, nonexact.LENGTHS if nonexact.NAME in spec.flags else LENGTHS)
     batch = _batch(rows, range(len(rows)), alignment, device)
     # Wider than the working dtype: fp32 for 16 bits, float64 for fp32.
     wide = torch.float64 if dtype == torch.float32 else torch.float32
@@ -140,11 +141,11 @@ def model(spec: Spec, shape: Shape, device: str, dtype: torch.dtype) -> Verdict:
     return dataclasses.replace(compare(ours, eager, reference, dtype), notes=tuple(notes))
 
 
-def _rows(shape: Shape) -> list[Row]:
+def _rows(shape: Shape, lengths: Sequence[int]) -> list[Row]:
     draw = torch.Generator().manual_seed(5)
     return [
         make_row(torch.randint(0, shape.vocabulary, (n,), generator=draw).tolist(), [True] * n, line, "text")
-        for line, n in enumerate(LENGTHS, 1)
+        for line, n in enumerate(lengths, 1)
     ]
 
 
@@ -184,14 +185,14 @@ def _our_gradients(
     """The same through the library, as the configuration runs it; with exact sums also what another cut gives."""
     if "ckpt" in spec.flags:
         net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    notes = prepare(net)
-    objective, floats = Objective(net), "float" in spec.flags
+    notes = prepare(net, spec)
+    objective, floats, around = Objective(net), "float" in spec.flags, around_batches(spec)
 
     def gradients(batches: Sequence[packing.MicroBatch]) -> dict:
         one = blocks.single_thread() if batch.labels.device.type == "cpu" else contextlib.nullcontext()
         with one, contextlib.nullcontext() if floats else exact(net):
             for each in batches:
-                with stream.use(each.stream):
+                with stream.use(each.stream), around(each.stream):
                     objective(each).total.backward()
         found = {}
         for layer in lora_layers(net):

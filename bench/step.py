@@ -18,9 +18,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from bench import check, peers, systems, timing
+from bench import check, nonexact, peers, systems, timing
 from bench.provenance import provenance, write_result
 from bench.shapes import Shape, default_dtype
+from bench.tables import costs, ratio_text
 from fastlora.data import Row
 from fastlora.errors import InputError
 from fastlora.packing import fill_ratio
@@ -44,7 +45,7 @@ def default_systems(shape: Shape) -> list[str]:
     liger, flash = peers.installed("liger_kernel"), peers.installed(peers.FLASH)
     names = ["fastlora", "fastlora+ckpt", "peft", "peft+ckpt"]
     names += ["peft+liger", "peft+liger+ckpt"] if liger else []
-    names += ["fastlora+dropout", "fastlora+r128", "fastlora+t2048", "fastlora+float"]
+    names += ["fastlora+dropout", "fastlora+r128", "fastlora+t2048", "fastlora+float", "fastlora+nonexact"]
     names += ["frozen+liger+compile" if liger else "frozen+compile", "peft+compile"]
     for lengths in ("rows", "library"):
         names += [f"fastlora+{lengths}", f"fastlora+{lengths}+align64", f"peft+{lengths}"]
@@ -156,7 +157,7 @@ class Session:
 
     def verdict(self, spec: systems.Spec) -> check.Verdict:
         """The check of a configuration, once for all that run the same code."""
-        key = (spec.rank, spec.dropout, "float" in spec.flags, "ckpt" in spec.flags, spec.aligned(self.plan.device))
+        key = (spec.rank, spec.dropout, spec.flags & {"float", nonexact.NAME, "ckpt"}, spec.aligned(self.plan.device))
         if key not in self.checked:
             self.checked[key] = check.model(spec, self.plan.shape, self.plan.device, self.plan.dtype)
             free()
@@ -329,6 +330,7 @@ def run(plan: Plan, names: Sequence[str] | None, path: str | pathlib.Path | None
     def keep(row: dict) -> None:
         plan.say(line(row))
         result["rows"].append(row)
+        result["exact_over"] = costs(result["rows"])
         result["seconds"] = round(plan.time_limit - plan.left, 1)
         if path is not None:
             write_result(path, result)
@@ -340,6 +342,8 @@ def run(plan: Plan, names: Sequence[str] | None, path: str | pathlib.Path | None
         else:
             keep(session.row(name))
     session.drop_frozen()
+    for text in ratio_text(result):
+        plan.say(text)
     return result
 
 

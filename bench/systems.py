@@ -2,7 +2,7 @@
 
 A name is a base and what is added to it: ``frozen``, ``peft`` or ``fastlora``, then ``+compile`` (whole model) or ``+layers`` (a layer
 at a time), ``+liger``, ``+ckpt``, ``+r128``, ``+dropout``, ``+t2048`` (tokens a step), ``+rows`` (uneven short rows), ``+library`` (the longer
-length distribution), and of a single base ``+float`` (no exact sums), ``+align64`` (fastlora) or ``+flex``, ``+fa2`` (attention for PEFT's packing).
+length distribution), and of a single base ``+float`` (no exact sums), ``+nonexact`` (bench/nonexact.py), ``+align64`` (fastlora) or ``+flex``, ``+fa2`` (attention for PEFT's packing).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import fastlora
-from bench import peers, workload
+from bench import nonexact, peers, workload
 from bench.shapes import Shape, build
 from fastlora import blocks, packing, stream
 from fastlora.data import Row
@@ -31,7 +31,7 @@ DROPOUT = 0.1
 BASES = ("frozen", "peft", "fastlora")
 _FLAGS = {
     "compile": BASES[:2], "layers": BASES[:2], "liger": BASES[:2], "ckpt": BASES, "dropout": BASES[1:], "rows": BASES,
-    "library": BASES, "float": ("fastlora",), "flex": BASES[:2], "fa2": BASES[:2],
+    "library": BASES, "float": ("fastlora",), nonexact.NAME: ("fastlora",), "flex": BASES[:2], "fa2": BASES[:2],
 }  # fmt: skip
 _NUMBERS = {"r": BASES[1:], "t": BASES, "align": ("fastlora",), "cap": BASES}
 
@@ -92,6 +92,8 @@ def parse(name: str, *, tokens: int = 8192, rank: int = 16) -> Spec:
             raise InputError(f"systems: {name!r}: {base} has no part {part!r}; allowed are {', '.join(known)}")
     if "library" in flags:
         flags.add("rows")
+    if nonexact.NAME in flags:
+        flags.add("float")
     return Spec(
         name, base, frozenset(flags), numbers.get("r", rank), numbers.get("t", tokens), numbers.get("align"), numbers.get("cap")
     )
@@ -206,13 +208,17 @@ def _fastlora(spec: Spec, model: nn.Module, device) -> Running:
     fastlora.inject(model, config, seed=0)
     peers.random_b(model, spec.rank, torch.Generator(device).manual_seed(2))
     _checkpoint(model, spec)
-    notes = prepare(model)
+    notes = prepare(model, spec)
     objective, optimizer = Objective(model), fastlora.AdamW(model, RATE)
     ids = packing.sample_ids(rows)
     batches = [
         packing.collate([rows[i] for i in cut], [ids[i] for i in cut], alignment, device, seed=0, step=1)
         for cut in packing.plan(rows, spec.tokens, alignment)
     ]
+    around = around_batches(spec)
+    for batch in batches:
+        with around(batch.stream):  # refuses, before anything runs, what this system cannot do
+            pass
     supervised = sum(batch.supervised for batch in batches)
     floats = "float" in spec.flags
 
@@ -220,7 +226,7 @@ def _fastlora(spec: Spec, model: nn.Module, device) -> Running:
         one = blocks.single_thread() if kind == "cpu" else contextlib.nullcontext()
         with one, contextlib.nullcontext() if floats else exact(model):
             for batch in batches:
-                with stream.use(batch.stream):
+                with stream.use(batch.stream), around(batch.stream):
                     objective(batch).total.backward()
 
     def clear() -> None:
@@ -237,15 +243,25 @@ def _fastlora(spec: Spec, model: nn.Module, device) -> Running:
     return Running(compute, clear, update, supervised, sum(map(len, rows)), padded, notes)
 
 
-def prepare(model: nn.Module) -> list[str]:
+def around_batches(spec: Spec) -> Callable[[stream.Stream], contextlib.AbstractContextManager]:
+    """What stands around the forward and backward of each micro-batch of a fastlora system."""
+    return nonexact.active if nonexact.NAME in spec.flags else lambda of: contextlib.nullcontext()
+
+
+def prepare(model: nn.Module, spec: Spec | None = None) -> list[str]:
     """What the trainer does with an injected model before its first step; one line about fused layers, or none.
 
     ``make_invariant`` fuses on a GPU. Where the kernels run in the interpreter, layers are fused here.
+
+    Raises:
+        InputError: the system is made of fused layers, and these are not.
     """
     fused, weight = make_invariant(model).fused, next(model.parameters())
     if fused is None and backend.explain(weight.device, weight.dtype)[0] == "triton":
         from fastlora.fuse import fuse
 
         fused = fuse(model)
+    if fused is None and spec is not None and nonexact.NAME in spec.flags:
+        raise InputError(f"{spec.name}: it is made of fused layers; on {weight.device.type} the kernels do not run")
     model.train()
     return [] if fused is None else [fused.line()]

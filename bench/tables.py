@@ -58,7 +58,7 @@ def step_table(result: dict) -> str:
     notes = [noise(rows) + "."]
     if kernels:
         notes.append(f"The frozen model's attention: {', '.join(f'`{name[:60]}`' for name in kernels[:2])}.")
-    notes += [f"{text}." for text in derived(full)]
+    notes += [f"{text}." for text in (*derived(full), *ratio_text(result))]
     parts.append(" ".join(notes))
     packed = [row for row in rows if is_packed(row)]
     if packed:
@@ -108,6 +108,21 @@ def derived(rows: list[dict]) -> list[str]:
     )  # fmt: skip
     found = [f"{what} {over[top] / over[base]:.3f}" for top, base, what in pairs if top in over and base in over]
     return ["fastlora: " + ", ".join(found)] if found else []
+
+
+# What the exact configuration is held against, and in which words.
+COSTS = {"fastlora+float": "exact over float sums, same kernels", "fastlora+nonexact": "exact over the fastest non-exact configuration"}
+
+
+def costs(rows: list[dict]) -> dict[str, float]:
+    """What exactness costs, by what it is held against: times over the frozen model of each one's own session, one over the other."""
+    over = {row["system"]: row["over_frozen"]["median"] for row in rows if "over_frozen" in row}
+    return {what: over["fastlora"] / over[name] for name, what in COSTS.items() if name in over and "fastlora" in over}
+
+
+def ratio_text(result: dict) -> list[str]:
+    """A sentence for each of a result's costs of exactness; none in results from before they were stored."""
+    return [f"{what}: {value:.3f} x" for what, value in result.get("exact_over", {}).items()]
 
 
 _SYSTEMS = ("fastlora", "fastlora-float", "fastlora-dropout", "peft", "compile", "liger")

@@ -7,10 +7,12 @@ import dataclasses
 import pytest
 import torch
 
-from bench import block_cases, check, kernel_cases, systems
+from bench import block_cases, check, kernel_cases, nonexact, systems
 from bench.cases import Size
 from bench.shapes import SHAPES
-from fastlora.ops import backend
+from fastlora.errors import InputError
+from fastlora.ops import backend, decoder_layer, linear_cross_entropy
+from fastlora.stream import Stream
 
 pytestmark = pytest.mark.interpreter
 
@@ -45,3 +47,26 @@ def test_check_model_runs_fused_layers(monkeypatch):
         found = check.model(systems.parse("fastlora+align128", tokens=256, rank=4), shape, "cpu", torch.float32)
     assert found.passed, found.reason
     assert found.notes == ("2 decoder layers run as fused kernels", "two cuts of the documents: the same bits")
+
+
+@pytest.fixture
+def small():
+    return dataclasses.replace(SHAPES["tiny"], hidden=32, intermediate=48, heads=2, key_heads=1, vocabulary=64, layers=1)
+
+
+@pytest.mark.parametrize("fault", [False, True], ids=["right", "a document sees the one before"])
+def test_check_model_judges_the_non_exact_configuration(monkeypatch, small, fault):
+    monkeypatch.setattr(nonexact, "LENGTHS", (40, 40))
+    names = decoder_layer.attention_forward, decoder_layer.attention_backward, linear_cross_entropy._tile_triton
+    if fault:
+        monkeypatch.setattr(nonexact, "documents", lambda stream: 1)
+    with backend.use("triton"):
+        found = check.model(systems.parse("fastlora+nonexact+align64", tokens=128, rank=4), small, "cpu", torch.float32)
+    assert found.passed != fault, found.reason
+    assert found.notes == ("1 decoder layers run as fused kernels",)  # nothing is said about bits
+    assert names == (decoder_layer.attention_forward, decoder_layer.attention_backward, linear_cross_entropy._tile_triton)
+
+
+def test_active_refuses_documents_of_several_lengths():
+    with pytest.raises(InputError, match="documents of 64, 128 tokens"), nonexact.active(Stream((70, 33), 64, (1, 2))):
+        pass

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from bench import publish
+from bench import publish, tables
 from bench.provenance import RESULTS
 from fastlora.errors import InputError
 
@@ -77,6 +77,19 @@ def test_publish_is_idempotent(place):
     assert text.startswith("before\n<!-- bench -->\n![") and text.endswith("<!-- /bench -->\nafter\n")
     for part in ("0.800 (0.790-0.820)", "45.0", "fits 23 GiB", "liger is not installed", "qkv-r16", "700 TFLOP/s", "3,900 GB/s", "flash_fwd"):
         assert part in text, part
+
+
+def test_publish_prints_what_exactness_costs(place):
+    found = results()
+    rows = [step_row(name, over_frozen=RATIO | {"median": over}) for name, over in (
+        ("fastlora", 0.9), ("fastlora+float", 0.75), ("fastlora+nonexact", 0.72))]  # fmt: skip
+    found["a-step"]["rows"] += rows[1:]
+    found["a-step"]["exact_over"] = tables.costs(rows)
+    put(place[0], found)
+    publish.publish(*place)
+    text = place[1].read_text()
+    assert "exact over float sums, same kernels: 1.200 x." in text
+    assert "exact over the fastest non-exact configuration: 1.250 x." in text
 
 
 def test_publish_takes_the_newest_of_each_device(place):

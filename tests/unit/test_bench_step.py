@@ -69,6 +69,20 @@ def test_run_says_why_a_system_has_no_figures(monkeypatch):
     assert "on a GPU alone" in reasons[3]
 
 
+def test_run_refuses_the_non_exact_configuration_without_kernels():
+    found = step.run(plan(), ["fastlora+nonexact"], None)
+    assert "made of fused layers; on cpu" in found["rows"][1]["not_timed"]
+
+
+def test_run_says_and_stores_what_exactness_costs(monkeypatch):
+    monkeypatch.setattr("bench.timing.WORK_MS", 1.0)
+    said = []
+    found = step.run(plan(say=said.append), ["fastlora", "fastlora+float"], None)
+    exact, floats = (row["over_frozen"]["median"] for row in found["rows"][1:])
+    assert found["exact_over"] == {"exact over float sums, same kernels": exact / floats}
+    assert said[-1] == f"exact over float sums, same kernels: {exact / floats:.3f} x"
+
+
 def test_run_stops_at_the_time_limit():
     found = step.run(plan(time_limit=1e-9), ["peft", "fastlora"], None)
     assert ["not_timed" in row for row in found["rows"]] == [False, True, True]
@@ -107,7 +121,7 @@ def test_check_linear_holds_at_odd_features():
 
 
 @pytest.mark.parametrize(
-    "name", ["unsloth", "peft+float", "fastlora+compile", "frozen+r16", "peft+align64", "fastlora+r0", "peft+", "fastlora+nonsense"]
+    "name", ["unsloth", "peft+float", "peft+nonexact", "fastlora+compile", "frozen+r16", "peft+align64", "fastlora+r0", "peft+", "fastlora+nonsense"]
 )
 def test_parse_refuses_unknown_systems(name):
     with pytest.raises(InputError, match="systems"):
@@ -119,6 +133,7 @@ def test_parse_reads_parts():
     assert (spec.rank, spec.tokens, spec.cap_gib, spec.alignment, spec.dropout) == (128, 2048, 23, 64, 0.0)
     assert systems.parse("peft+library").lengths == "library"
     assert systems.parse("fastlora+dropout").dropout == 0.1
+    assert systems.parse("fastlora+nonexact").flags == {"nonexact", "float"}
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=lambda shape: shape.name)
