@@ -320,7 +320,7 @@ class Refusal:
 
 class FilesPart(Protocol):
     """Adapters in PEFT's files. ``config`` holds fields of PEFT's ``LoraConfig`` by their names; models are those of
-    transformers, changed in place and returned.
+    transformers, changed in place and returned. An optional method ``merge_and_back(model)`` merges and unmerges.
     """
 
     def attach(self, model: torch.nn.Module, config: dict, seed: int) -> torch.nn.Module:

@@ -83,6 +83,20 @@ def test_parity_sees_one_bit_of_one_tensor(monkeypatch):
     assert any("PEFT has of the subject's file other bits in" in t for t in told)
 
 
+@needs_peft
+def test_parity_sees_an_unmerge_by_subtraction(monkeypatch):
+    def merge_and_back(model):
+        for module in model.modules():
+            if hasattr(module, "lora_A"):
+                delta = module.scaling * (module.lora_B.weight @ module.lora_A.weight)
+                with torch.no_grad():
+                    module.weight.add_(delta).sub_(delta)
+        return model
+
+    told = tried(monkeypatch, Wrapped(FILES, merge_and_back=merge_and_back))
+    assert any(t.startswith("unmerging does not restore the bytes of ['model.layers.0") for t in told)
+
+
 def test_parity_says_why_it_is_not_tried(monkeypatch):
     assert parity.run(Subject("nothing", "cpu"), Budget(cases=1), 0).reason == "the subject has no adapter files"
     monkeypatch.setattr(parity.importlib.util, "find_spec", lambda name: None)
