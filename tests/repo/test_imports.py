@@ -42,7 +42,7 @@ def test_fastlora_imports_neither_its_judges_nor_peft():
 def test_verify_imports_fastlora_in_its_subjects_alone():
     assert arrows("verify", "fastlora", but=("verify/subjects",)) == []
     assert arrows("verify", "bench", "tests", "examples") == []
-    assert arrows("verify", "peft", but=("verify/peft_files.py", "verify/peft_loop.py")) == []
+    assert arrows("verify", "peft", but=("verify/peft_",)) == []
 
 
 def test_oracle_imports_numpy_torch_and_itself():
