@@ -59,6 +59,15 @@ def test_parity_sees_alpha_and_rslora_lost_in_the_file(monkeypatch):
 
 
 @needs_peft
+def test_parity_sees_a_target_left_out(monkeypatch):
+    def attach(model, config, seed):
+        return FILES.attach(model, {**config, "target_modules": config["target_modules"][1:]}, seed)
+
+    told = tried(monkeypatch, Wrapped(FILES, attach=attach))
+    assert any(t.startswith("for one configuration PEFT and the subject adapt other modules") for t in told)
+
+
+@needs_peft
 def test_parity_sees_a_merge_that_forgets_one_module(monkeypatch):
     def merge(model):
         last = [m for m in model.modules() if hasattr(m, "lora_B")][-1]

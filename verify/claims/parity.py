@@ -80,6 +80,8 @@ def _one(subject: Subject, case: AdapterCase, folder: pathlib.Path, out: Outcome
     _judged(_logits(ours, ids), allowed, "the subject's logits against PEFT's", out, where)
 
     own = peft_files.attach(base(), case.config(), case.seed)
+    odd = sorted(set(peft_files.state(own)) ^ set(files.state(ours)))
+    out.check(not odd, f"for one configuration PEFT and the subject adapt other modules: {odd[:3]}; {where}")
     own.save_pretrained(folder / "theirs")
     read = files.load(base(), str(folder / "theirs")).eval()
     _same_state(peft_files.state(own), files.state(read), "the subject has of PEFT's file", out, where)
