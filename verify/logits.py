@@ -41,9 +41,9 @@ def gamma(terms: int) -> float:
     return float(bounds.gamma(terms, bounds.unit_roundoff(torch.float32)))
 
 
-def logit_bound(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def logit_bound(model: nn.Module, ids: torch.Tensor, last: int = 0) -> torch.Tensor:
     """The bound on the difference of two models' logits [B, T, V]; ``model`` is the PEFT model
-    (plain torch)."""
+    (plain torch). With ``last`` only those of that many last tokens, [B, last, V], which costs less."""
     values: list[tuple[torch.Tensor, torch.Tensor]] = []
     attention: dict[str, tuple[float, float, int]] = {}
     hooks = []
@@ -85,7 +85,7 @@ def logit_bound(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     try:
-        logits = model(ids).logits
+        logits = model(ids).logits[:, -last:]
     finally:
         for hook in hooks:
             hook.remove()

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -129,6 +130,11 @@ class LinearCase:
             tokens=torch.randint(0, 2**62, (self.m,), generator=pen).to(device),
             seed=int(torch.randint(0, 2**62, (), generator=pen)),
         )
+
+
+def affordable(case: LinearCase, part) -> bool:
+    """Whether a claim that calls a case many times may take it: by the part's ``most_products``, where it has one."""
+    return case.m * case.k * case.n <= getattr(part, "most_products", math.inf)
 
 
 def linear_cases(dtypes: tuple[str, ...]) -> st.SearchStrategy[LinearCase]:

@@ -70,8 +70,9 @@ class LinearPart(Protocol):
     """A LoRA linear with its backward.
 
     Optional attributes: ``cases_a_shape`` (default 1), how many cases in a row have the same K, N, r and dtype, for
-    kernels that are compiled for each; ``operators(inputs)``, a list of (registered torch operator, arguments) of one
-    call, for torch's opcheck; ``world(ranks, mode)``, like ``accumulate`` with a list of micro-batches for each process
+    kernels that are compiled for each; ``most_products`` (default: any), the largest M x K x N of claims that call a case
+    many times, for kernels that are simulated; ``operators(inputs)``, which yields (registered torch operator, arguments)
+    of one call, for torch's opcheck; ``world(ranks, mode)``, like ``accumulate`` with a list of micro-batches for each process
     and the gradients summed as an all-reduce would.
     """
 
@@ -319,7 +320,7 @@ class Refusal:
 
 class FilesPart(Protocol):
     """Adapters in PEFT's files. ``config`` holds fields of PEFT's ``LoraConfig`` by their names; models are those of
-    transformers, changed in place and returned.
+    transformers, changed in place and returned. An optional method ``merge_and_back(model)`` merges and unmerges.
     """
 
     def attach(self, model: torch.nn.Module, config: dict, seed: int) -> torch.nn.Module:

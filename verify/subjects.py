@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 from collections import OrderedDict
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -76,6 +78,8 @@ class FastloraLinear:
         self.alignment = stream.alignment_for("cuda" if forced == "triton" else device)
         # On a GPU a new shape compiles six kernels, some seconds of work.
         self.cases_a_shape = 8 if device == "cuda" else 1
+        # The interpreter runs a program at a time: this many products take it a third of a second.
+        self.most_products = 2**17 if forced else math.inf
 
     def roundings(self, dtype: torch.dtype, mode: str) -> Roundings:
         """S and dS rounded once; y and dx rounded once from an fp32 accumulator; integer sums if
@@ -112,20 +116,19 @@ class FastloraLinear:
         dx, da, db = torch.autograd.grad(y, (x, a, b), inputs.dy)
         return LinearResult(y.detach(), dx, da, db, keep)
 
-    def operators(self, inputs: LinearInputs) -> list[tuple]:
-        """The registered forward and backward with the arguments of one call."""
+    def operators(self, inputs: LinearInputs) -> Iterator[tuple]:
+        """The registered forward and backward with the arguments of one call; while one is out, this backend is in use."""
         x, weight = inputs.x.detach().clone().requires_grad_(), inputs.weight
         a, b = (t.detach().clone().requires_grad_() for t in (inputs.a, inputs.b))
         tokens = inputs.tokens if inputs.dropout else None
         rest = inputs.dropout, inputs.seed if inputs.dropout else 0, tokens
         scale = scale_of(inputs.alpha, inputs.rank, inputs.rslora)
-        with self._backend(), torch.no_grad():
-            _, s = torch.ops.fastlora.lora_linear(x, weight, a, b, scale, inputs.bias, *rest)
-        plain = [t.detach() for t in (inputs.dy, x, weight, a, b, s)]
-        return [
-            (torch.ops.fastlora.lora_linear.default, (x, weight, a, b, scale, inputs.bias, *rest)),
-            (torch.ops.fastlora.lora_linear_backward.default, (*plain, scale, *rest, True)),
-        ]
+        with self._backend():
+            with torch.no_grad():
+                _, s = torch.ops.fastlora.lora_linear(x, weight, a, b, scale, inputs.bias, *rest)
+            plain = [t.detach() for t in (inputs.dy, x, weight, a, b, s)]
+            yield torch.ops.fastlora.lora_linear.default, (x, weight, a, b, scale, inputs.bias, *rest)
+            yield torch.ops.fastlora.lora_linear_backward.default, (*plain, scale, *rest, True)
 
     def _exact(self, inputs: LinearInputs, divisor: float) -> LinearResult:
         net, layer = _injected(

@@ -27,6 +27,10 @@ class FastloraFiles:
         """A plain transformers model with the adapter inside its weights."""
         return fastlora.eject(fastlora.merge(model), keep_merged=True)
 
+    def merge_and_back(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Merged, and unmerged again."""
+        return fastlora.unmerge(fastlora.merge(model))
+
     def state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """A and B by PEFT's names."""
         return adapter_state(model)

@@ -59,6 +59,15 @@ def test_parity_sees_alpha_and_rslora_lost_in_the_file(monkeypatch):
 
 
 @needs_peft
+def test_parity_sees_a_target_left_out(monkeypatch):
+    def attach(model, config, seed):
+        return FILES.attach(model, {**config, "target_modules": config["target_modules"][1:]}, seed)
+
+    told = tried(monkeypatch, Wrapped(FILES, attach=attach))
+    assert any(t.startswith("for one configuration PEFT and the subject adapt other modules") for t in told)
+
+
+@needs_peft
 def test_parity_sees_a_merge_that_forgets_one_module(monkeypatch):
     def merge(model):
         last = [m for m in model.modules() if hasattr(m, "lora_B")][-1]
@@ -81,6 +90,20 @@ def test_parity_sees_one_bit_of_one_tensor(monkeypatch):
 
     told = tried(monkeypatch, Wrapped(FILES, state=state))
     assert any("PEFT has of the subject's file other bits in" in t for t in told)
+
+
+@needs_peft
+def test_parity_sees_an_unmerge_by_subtraction(monkeypatch):
+    def merge_and_back(model):
+        for module in model.modules():
+            if hasattr(module, "lora_A"):
+                delta = module.scaling * (module.lora_B.weight @ module.lora_A.weight)
+                with torch.no_grad():
+                    module.weight.add_(delta).sub_(delta)
+        return model
+
+    told = tried(monkeypatch, Wrapped(FILES, merge_and_back=merge_and_back))
+    assert any(t.startswith("unmerging does not restore the bytes of ['model.layers.0") for t in told)
 
 
 def test_parity_says_why_it_is_not_tried(monkeypatch):

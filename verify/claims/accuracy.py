@@ -9,7 +9,7 @@ from verify import graphs, oracle, relations
 from verify.claims.outcome import Budget, Outcome
 from verify.judge import around, judge
 from verify.oracle.linear import scale_of
-from verify.strategies import DTYPES, LinearCase, endless
+from verify.strategies import DTYPES, LinearCase, affordable, endless
 from verify.subject import EXACT, LinearInputs, LinearResult, Refused, Subject
 
 NAME = "accuracy"
@@ -43,7 +43,7 @@ def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
         alone += case.values in ("lora_alone", "grid")
         kinds[case.values] += 1
         refused += sum(_one(subject, case, mode, out) for mode in part.modes)
-        if out.cases % RELATED == 1 and not case.dropout:
+        if out.cases % RELATED == 0 and not case.dropout and affordable(case, part):
             _related(subject, case, part.modes[out.cases // RELATED % len(part.modes)], out, tried)
     out.note(f"LoRA part alone (W = 0, or integers where the base product is exact): {alone} cases")
     if tried:

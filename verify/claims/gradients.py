@@ -23,7 +23,7 @@ from verify.bounds import Accumulator
 from verify.claims.accuracy import bounds_of
 from verify.claims.outcome import Budget, Outcome
 from verify.oracle.linear import scale_of
-from verify.strategies import DTYPES, LinearCase, endless
+from verify.strategies import DTYPES, LinearCase, affordable, endless
 from verify.subject import GRAD, LinearInputs, LinearResult, Refused, Subject
 
 NAME = "gradients"
@@ -42,7 +42,8 @@ def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
         return out
     names = tuple(name for name, dtype in DTYPES.items() if dtype in part.dtypes)
     refused = 0
-    for case in endless("linear", names, seed, getattr(part, "cases_a_shape", 1)):
+    cases = endless("linear", names, seed, getattr(part, "cases_a_shape", 1))
+    for case in (c for c in cases if affordable(c, part)):
         if not budget.more(out.cases) or (budget.stop_at_failure and out.failures):
             break
         out.cases += 1
@@ -142,7 +143,8 @@ def _operators(subject: Subject, seed: int, out: Outcome) -> None:
         out.note("opcheck not tried: the subject registers no operators")
         return
     names = tuple(name for name, dtype in DTYPES.items() if dtype in subject.linear.dtypes)
-    plain = next(c for c in endless("linear", names, seed) if c.m > 1 and c.dtype == names[0] and c.values == "normal")
+    cases = (c for c in endless("linear", names, seed) if affordable(c, subject.linear))
+    plain = next(c for c in cases if c.m > 1 and c.dtype == names[0] and c.values == "normal")
     count = 0
     for dropout in (0.0, 0.5):
         case = dataclasses.replace(plain, dropout=dropout, layout="plain", k=min(plain.k, 48), n=min(plain.n, 48))

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 
 from verify.claims.outcome import Budget, Outcome
+from verify.products import products_of
 from verify.strategies import DTYPES, RowsCase, endless
 from verify.subject import DOCUMENT, ROW, Operation, Packed, Subject
 
@@ -104,6 +105,7 @@ def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
         return out
     names = tuple(name for name, dtype in DTYPES.items() if dtype in part.dtypes)
     tried, totals = Counter(), set()
+    called: dict[str, set[str]] = {}
     for case, (index, operation) in zip(endless("rows", names, seed), itertools.cycle(enumerate(part.operations))):
         if not budget.more(out.cases) or (budget.stop_at_failure and out.failures):
             break
@@ -114,6 +116,9 @@ def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
         where = f"{operation.name}, {subject.name}, {case!r}"
         try:
             _one(subject, operation, case, out, where, totals)
+            if operation.name not in called:
+                pen = Pen(case, operation, part.alignment, subject.device)
+                called[operation.name] = products_of(operation.run, pen.pack([pen.document(case.lengths[0])], False))
         # A crash of the subject is a failure of the claim, told with the case.
         except Exception as error:
             out.fail(f"raised {type(error).__name__}: {error}; {where}")
@@ -121,6 +126,13 @@ def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
     left = [o.name for o in part.operations if o.name not in tried]
     if left:
         out.note(f"the budget ended before these were tried: {', '.join(left)}")
+    callers: dict[str, list[str]] = {}
+    for name, products in called.items():
+        if products:
+            callers.setdefault(", ".join(sorted(products)), []).append(name)
+    for products, operations in callers.items():
+        seen = "some bits differed" if out.failures else "no row's bits depended on M in these streams"
+        out.note(f"torch's own products ({products}) are called by {'; '.join(operations)}: {seen}")
     out.note(f"streams of {min(totals, default=0)} to {max(totals, default=0)} rows")
     out.check(out.cases == 0 or len(totals) > 1, "control: all streams had one length; they prove nothing")
     out.seconds = time.monotonic() - begun

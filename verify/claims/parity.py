@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import torch
 
+from verify import peft_files
 from verify.bounds import Accumulator, Bounded, accumulate, exact, store
 from verify.claims.invariance import same_bits
 from verify.claims.outcome import Budget, Outcome
@@ -28,7 +29,8 @@ NAME = "parity"
 STATEMENT = (
     "An adapter that the subject writes has in PEFT the same bits, names and scales, and gives logits within their rounding "
     "bound, with rsLoRA and patterns of ranks and alphas; so has one of PEFT's in the subject; merged, each weight is "
-    "W + s B A within its bound, and transformers gives the adapter's logits from the saved model."
+    "W + s B A within its bound, unmerged it has its bytes again, and transformers gives the adapter's logits from the saved "
+    "merged model."
 )
 
 
@@ -59,8 +61,6 @@ def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
 
 def _one(subject: Subject, case: AdapterCase, folder: pathlib.Path, out: Outcome, where: str) -> None:
     """Out, back, and merged."""
-    import peft
-
     files = subject.files
 
     def base() -> torch.nn.Module:
@@ -68,26 +68,24 @@ def _one(subject: Subject, case: AdapterCase, folder: pathlib.Path, out: Outcome
 
     ours = files.attach(base(), case.config(), case.seed).eval()
     files.save(ours, str(folder / "ours"))
-    theirs = peft.PeftModel.from_pretrained(base(), folder / "ours").eval()
-    _same_state(files.state(ours), peft.get_peft_model_state_dict(theirs), "PEFT has of the subject's file", out, where)
+    theirs = peft_files.load(base(), folder / "ours")
+    _same_state(files.state(ours), peft_files.state(theirs), "PEFT has of the subject's file", out, where)
     _same_scales(theirs, case, out, where)
     ids = case.tokens().to(subject.device)
-    bound = logit_bound(theirs, ids)
+    bound = logit_bound(theirs, ids, last=1)
     wanted = _logits(theirs, ids)
     bare = float(((_logits(base(), ids) - wanted).abs() / bound).max())
     out.check(bare > 1, f"control: the bare model's logits are within the bound: the adapter does nothing; {where}")
     allowed = Bounded(wanted, bound)
     _judged(_logits(ours, ids), allowed, "the subject's logits against PEFT's", out, where)
 
-    # A fresh adapter of PEFT's own, with B drawn too, so that it acts.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(case.seed)
-        config = peft.LoraConfig(**case.config(), init_lora_weights=False, task_type="CAUSAL_LM")
-        own = peft.get_peft_model(base(), config).eval()
+    own = peft_files.attach(base(), case.config(), case.seed)
+    odd = sorted(set(peft_files.state(own)) ^ set(files.state(ours)))
+    out.check(not odd, f"for one configuration PEFT and the subject adapt other modules: {odd[:3]}; {where}")
     own.save_pretrained(folder / "theirs")
     read = files.load(base(), str(folder / "theirs")).eval()
-    _same_state(peft.get_peft_model_state_dict(own), files.state(read), "the subject has of PEFT's file", out, where)
-    allowed = Bounded(_logits(own, ids), logit_bound(own, ids))
+    _same_state(peft_files.state(own), files.state(read), "the subject has of PEFT's file", out, where)
+    allowed = Bounded(_logits(own, ids), logit_bound(own, ids, last=1))
     _judged(_logits(read, ids), allowed, "the subject's logits of PEFT's adapter", out, where)
 
     _merged(files, case, ours, theirs, Bounded(wanted, bound), ids, folder, out, where)
@@ -106,6 +104,11 @@ def _merged(files, case, ours, theirs, allowed: Bounded, ids, folder: pathlib.Pa
             terms = accumulate([(scaled, a)], [exact(module.base_layer.weight)], Accumulator())
             terms = Bounded(terms.value, terms.radius + Accumulator().factor(torch.tensor(2.0)) * terms.magnitude)
             expected[path] = store(terms, torch.float32)
+    if hasattr(files, "merge_and_back"):
+        held = {name: p.detach().clone() for name, p in ours.named_parameters()}
+        back = dict(files.merge_and_back(ours).named_parameters())
+        moved = [name for name, p in held.items() if name not in back or not same_bits(p, back[name].detach())]
+        out.check(not moved, f"unmerging does not restore the bytes of {moved[:3]}; {where}")
     plain = files.merge(ours)
     weights = dict(plain.named_modules())
     for path, bound in expected.items():
@@ -132,7 +135,8 @@ def _no_bars() -> Iterator[None]:
 
 @torch.no_grad()
 def _logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=ids).logits.double().cpu()
+    """Of the last token, which sees all of them."""
+    return model(input_ids=ids).logits[:, -1:].double().cpu()
 
 
 def _judged(got: torch.Tensor, bound: Bounded, what: str, out: Outcome, where: str) -> None:

@@ -115,6 +115,7 @@ def _training(subject: Subject, case: TrainCase, out: Outcome) -> int:
     plain = dataclasses.replace(case, steps=max(2, case.steps))
     result = trainer.train(plain, cut)
     _first_steps(result, out, where)
+    _measure_underflow(result, plain.hyper.lr, out)
     out.check(result.frozen[0] == result.frozen[1], f"frozen weights changed in training; {where}")
     if not out.rows:
         out.rows = report_rows(result.before, result.after[-1])
@@ -140,6 +141,27 @@ def _training(subject: Subject, case: TrainCase, out: Outcome) -> int:
     same = all(torch.equal(still.before[name], still.after[0][name]) for name in still.before)
     out.check(same, f"a tensor moved at rate 0; {where}")
     return doubtful
+
+
+# A learning rate that people use, at which 16 bits lose most updates of A.
+SMALL_RATE = 1e-5
+
+
+def _measure_underflow(result: TrainResult, rate: float, out: Outcome) -> None:
+    """What the last step's updates, at a small rate, would do to parameters kept in bf16: a figure, no verdict."""
+    if any("kept in bf16" in note for note in out.notes):
+        return
+    lost: dict[str, list[int]] = {"lora_A": [0, 0], "lora_B": [0, 0]}
+    for name, start in result.after[-2].items():
+        update = (result.after[-1][name] - start) * (SMALL_RATE / rate)
+        held = start.bfloat16()
+        # The update is added to the bf16 value and rounded, as a 16-bit optimiser does.
+        same = (held.float() + update).bfloat16() == held
+        counts = lost["lora_A" if "lora_A" in name else "lora_B"]
+        counts[0] += int((same & (update != 0)).sum())
+        counts[1] += int((update != 0).sum())
+    told = " and ".join(f"{gone / max(all_of, 1):.0%} of those of {name[-1]}" for name, (gone, all_of) in lost.items())
+    out.note(f"parameters kept in bf16 would lose updates to rounding at a rate of {SMALL_RATE:g}: {told}")
 
 
 def _first_steps(result: TrainResult, out: Outcome, where: str) -> None:

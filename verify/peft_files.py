@@ -1,0 +1,31 @@
+"""PEFT's side of the claim ``parity``: adapters read and made by PEFT itself."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def load(model: torch.nn.Module, folder: str | os.PathLike) -> torch.nn.Module:
+    """PEFT's model from what somebody wrote into ``folder``."""
+    import peft
+
+    return peft.PeftModel.from_pretrained(model, folder).eval()
+
+
+def attach(model: torch.nn.Module, config: dict, seed: int) -> torch.nn.Module:
+    """A fresh adapter of PEFT's own, with B drawn too, so that it acts."""
+    import peft
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = peft.LoraConfig(**config, init_lora_weights=False, task_type="CAUSAL_LM")
+        return peft.get_peft_model(model, made).eval()
+
+
+def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A and B by the names they have in the file."""
+    import peft
+
+    return peft.get_peft_model_state_dict(model)
