@@ -1,5 +1,6 @@
-"""Verify a LoRA kernel of your own: copy this file, put your kernel in place of ``my_linear``.
+"""Verify a LoRA kernel of your own: copy this file and put your kernel in place of ``MyLinear``.
 
+    python examples/verify_my_kernel.py
     python -m verify --subject examples.verify_my_kernel:SUBJECT --claim accuracy --cases 40
     pytest examples/verify_my_kernel.py
 """
@@ -8,7 +9,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rich.console import Console
 
+from verify import runner, terminal
 from verify.graphs import Roundings
 from verify.simple import FunctionLinear, Operations, block
 from verify.subject import ROW, Subject
@@ -46,3 +49,8 @@ SUBJECT = Subject("my kernel", "cpu", linear, operations=Operations((block("my g
 @pytest.mark.parametrize("claim", ["accuracy", "splits", "updates"])
 def test_my_kernel(verify_claim, claim):
     verify_claim(SUBJECT, claim, cases=10)
+
+
+if __name__ == "__main__":
+    found = runner.run_claims([SUBJECT], ["accuracy", "splits"], seconds=None, cases=10, seed=0, after_each=lambda _: None)
+    terminal.print_claims(Console(), found)

@@ -75,7 +75,8 @@ def verify(
     if case is not None and (claim is None or len(claim) != 1):
         raise BadSubject("--case: allowed with exactly one --claim")
     single = None if case is None else replay.parse(case)
-    seconds = times.seconds_of(budget) if cases is None else None
+    timed = cases is None and not mutants and single is None and seeds_ is None
+    seconds = times.seconds_of(budget) if timed else None
     own = any(value is not None for value in (model, data, splits))
     if own:
         others = {

@@ -22,7 +22,8 @@ def html(report: dict) -> str:
     settings, machine = report["settings"], report["machine"]
     told = {"finished": "finished", "interrupted": "interrupted: it holds what was tried until then"}
     state = told["finished"] if report["finished"] else told["interrupted"] if report["interrupted"] else "not finished"
-    asked = ", ".join(f"{name} {value}" for name, value in settings.items() if value not in (None, "", []))
+    words = {name: " ".join(value) if isinstance(value, list | tuple) else value for name, value in settings.items()}
+    asked = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in words.items() if value not in (None, ""))
     on = ", ".join(f"{name} {value}" for name, value in machine.items())
     body = [
         "<h1>verify</h1>",

@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from verify import rules, runner, sharpness, subjects
+from verify import publish, rules, runner, sharpness, subjects
 from verify.claims import CLAIMS
 from verify.mutants import MUTANTS
 from verify.mutants.base import EVERYWHERE, GROUPS, PARTS, Mutant
@@ -46,6 +46,14 @@ def test_mutants_have_one_name_each_and_say_all_about_themselves():
         assert mutant.seen_on
         assert set(mutant.seen_on) <= set(EVERYWHERE)
         assert mutant.sentence
+
+
+def test_published_table_has_every_fault_and_no_survivor():
+    text = publish.PAGE.read_text(encoding="utf-8")
+    listed = re.findall(r"^\| ([^|]+) \| [^|]+ \| `(\w+)` \| ([\w ]+) \|", text, re.MULTILINE)
+    assert sorted((name, claim) for name, claim, _ in listed) == sorted((m.name, m.killer) for m in MUTANTS)
+    assert {verdict for _, _, verdict in listed} <= {KILLED, UNSEEN}
+    assert [name for name, _, verdict in listed if verdict == UNSEEN] == [m.name for m in MUTANTS if "cpu" not in m.seen_on]
 
 
 def test_sixteen_mutants_are_modelled_on_faults_that_shipped():

@@ -49,7 +49,7 @@ def test_verify_claim_passes_fails_and_skips(tmp_path):
 def test_example_is_about_forty_lines_and_passes():
     path = ROOT / "examples" / "verify_my_kernel.py"
     code = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    assert len(code) <= 48
+    assert len(code) <= 52
     told = pytest_of(path, "--verify-cases", "2")
     assert "2 passed, 1 skipped" in told, told
     assert "updates not tried: the subject has no optimiser" in told

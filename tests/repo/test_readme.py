@@ -92,6 +92,8 @@ def test_docs_name_verify_options_and_bench_arguments_that_exist():
 
 def test_docs_name_flags_that_some_command_has():
     known = verify_options() | set().union(*fastlora_commands().values(), *bench_commands().values())
+    plugin = (source.ROOT / "verify/pytest_plugin.py").read_text(encoding="utf-8")
+    known |= set(re.findall(r'addoption\("(--[\w-]+)"', plugin))
     for page in pages.PAGES:
         for span in pages.spans(page):
             if span.startswith("--"):

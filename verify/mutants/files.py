@@ -51,9 +51,16 @@ def _attached_wrong(change: Callable[[dict], dict]) -> Callable:
 
 
 def _one_missed(config: dict) -> dict:
+    """The first of several targets is dropped, with the patterns that name it."""
     targets = config.get("target_modules")
-    several = isinstance(targets, list | tuple | set) and len(targets) > 1
-    return {**config, "target_modules": sorted(targets)[1:]} if several else config
+    if not isinstance(targets, list | tuple | set) or len(targets) < 2:
+        return config
+    missed, *kept = sorted(targets)
+    patterns = {
+        name: {key: value for key, value in (config.get(name) or {}).items() if key.rpartition(".")[2] != missed}
+        for name in ("rank_pattern", "alpha_pattern")
+    }
+    return {**config, **patterns, "target_modules": kept}
 
 
 def _one_bit(tensors: dict) -> dict:
