@@ -18,6 +18,7 @@ from fastlora.errors import InputError, TrainingError
 from fastlora.exact import discard, exact, lora_modules
 from fastlora.packing import MicroBatch
 from fastlora.setup import Objective
+from fastlora.token_rows import TokenRows, largest_token
 from fastlora.token_sum import read_stats
 
 
@@ -35,7 +36,8 @@ def check_rows(rows: RowSet) -> None:
     Raises:
         SilentFailure: ``no-supervised-token``, ``labels-shifted-twice`` or ``no-end-token``.
     """
-    for row in rows.rows:
+    # Rows of token arrays were made by make_row, which refuses the first and cannot do the second.
+    for row in () if isinstance(rows.rows, TokenRows) else rows.rows:
         if not (row.labels[1:] != IGNORED).any():
             raise SilentFailure("no-supervised-token", f"line {row.line} has no supervised token",
                                 "Give it a completion, or leave it out")
@@ -88,11 +90,34 @@ def check_tokens(model: nn.Module, *row_lists: Sequence[Row]) -> None:
     """
     size = model.get_input_embeddings().weight.shape[0]
     for rows in row_lists:
-        for row in rows:
-            token = int(row.input_ids.max())
-            if token >= size:
-                raise InputError(f"line {row.line}: token {token} is not in the model's embedding (allowed "
-                                 f"are 0 to {size - 1}); the tokenizer is not this model's")
+        token, place = largest_token(rows)
+        if token >= size:
+            raise InputError(f"line {rows[place].line}: token {token} is not in the model's embedding (allowed "
+                             f"are 0 to {size - 1}); the tokenizer is not this model's")
+
+
+def check_causal(model: nn.Module) -> None:
+    """No position sees a later one: the gradient of the first position's logits by the later embeddings is 0, exactly.
+
+    An encoder (BERT) loads as a causal language model too, and would learn to copy its input.
+
+    Raises:
+        InputError: it is not causal, with its class.
+    """
+    table = model.get_input_embeddings().weight
+    ids = torch.arange(8, device=table.device)[None] % table.shape[0]
+    inputs = table.detach()[ids].requires_grad_()
+    was_training = model.training
+    model.eval()
+    try:
+        logits = model(inputs_embeds=inputs, use_cache=False).logits
+        (gradient,) = torch.autograd.grad(logits[0, 0].float().sum(), inputs)
+    finally:
+        model.train(was_training)
+    # NaN is no answer; it is found, with its module, when the first loss is looked at.
+    if bool((gradient[0, 1:].nan_to_num() != 0).any()):
+        raise InputError(f"model: {type(model).__name__} lets a position see later ones, so it is no causal language model; "
+                         "allowed is one that predicts the next token")
 
 
 def adapter_is_finite(model: nn.Module) -> bool:
