@@ -53,19 +53,28 @@ class Ahead:
     """
 
     def __init__(self, tokenizer, texts: list[str]) -> None:
-        self._tokenizer, self._row = tokenizer, {}
-        self._ready = dict(zip(texts, self._many(texts))) if texts else {}
+        self._tokenizer, self._row, self._ready = tokenizer, {}, {}
+        self.see(texts)
 
-    def _many(self, texts: list[str]) -> list[list[int]]:
-        return self._tokenizer(texts, add_special_tokens=False, verbose=False, return_attention_mask=False,
-                               return_token_type_ids=False)["input_ids"]
+    def see(self, texts: list[str]) -> None:
+        """Tokenize more texts in one call."""
+        texts = [text for text in dict.fromkeys(texts) if text not in self._ready and _is_utf8(text)]
+        if texts:
+            found = self._tokenizer(texts, add_special_tokens=False, verbose=False, return_attention_mask=False,
+                                    return_token_type_ids=False)
+            self._ready |= zip(texts, found["input_ids"])
+
+    def begins(self, whole: str, head: str) -> bool:
+        """Whether the ids of a text it has seen begin with those of another."""
+        ids = self._ready[head]
+        return self._ready[whole][: len(ids)] == ids
 
     def next_row(self) -> None:
         """Forget the texts of the row before."""
         self._row = {}
 
     def __call__(self, text: str, **options) -> dict:
-        ready = self._ready.get(text) or self._row.get(text)
+        ready = self._ready.get(text, self._row.get(text))
         if ready is None:
             ready = self._row[text] = list(self._tokenizer(text, **options)["input_ids"])
         return {"input_ids": ready}
@@ -74,29 +83,32 @@ class Ahead:
         return getattr(self._tokenizer, name)
 
 
-def expected_texts(shape: str, values: list, tokenizer) -> list[str]:
-    """The texts that encoding these rows will ask the tokenizer for, as far as they are known before; no broken ones."""
-    texts: dict[str, None] = {}
-    for value in values:
-        if not isinstance(value, dict):
-            continue
-        if shape == "text":
-            wanted = [value.get("text")]
-        elif shape == "prompt-completion" or (shape == "instruction" and format_of(shape, tokenizer) != "messages"):
-            pair = _pair(shape, value)
-            wanted = [pair[0], pair[0] + pair[1]] if pair else []
-        else:
-            wanted = []  # a chat's text is known once its template has run
-        texts.update((text, None) for text in wanted if isinstance(text, str) and _is_utf8(text))
-    return list(texts)
+def seen_ahead(shape: str, values: list, tokenizer) -> Ahead:
+    """A tokenizer that has seen what encoding these rows will ask for, as far as it is known before.
+
+    A chat's text is known once its template has run: chats are tokenized one by one.
+    """
+    if shape == "text":
+        texts = [value.get("text") for value in values if isinstance(value, dict)]
+        return Ahead(tokenizer, [text for text in texts if isinstance(text, str)])
+    if format_of(shape, tokenizer) != "prompt-completion":
+        return Ahead(tokenizer, [])
+    pairs = [pair for value in values if (pair := _pair(shape, value))]
+    ahead = Ahead(tokenizer, [text for prompt, completion in pairs for text in (prompt, prompt + completion)])
+    # Where a token would span the border, the completion is tokenized by itself (see encode.encode_pair).
+    ahead.see([completion for prompt, completion in pairs if not ahead.begins(prompt + completion, prompt)])
+    return ahead
 
 
-def _pair(shape: str, value: dict) -> tuple[str, str] | None:
+def _pair(shape: str, value: object) -> tuple[str, str] | None:
+    """The prompt and completion of a row that has them whole, else None."""
+    if not isinstance(value, dict):
+        return None
     try:
-        pair = alpaca_pair(value) if shape == "instruction" else (value.get("prompt"), value.get("completion"))
+        pair = alpaca_pair(value) if shape == "instruction" else (value["prompt"], value["completion"])
     except (RowError, KeyError):
         return None
-    return pair if all(isinstance(text, str) for text in pair) else None
+    return pair if all(isinstance(text, str) and _is_utf8(text) for text in pair) else None
 
 
 def _is_utf8(text: str) -> bool:
@@ -120,7 +132,7 @@ def encode_task(task: Task, encoding: Encoding) -> Piece:
             found.append((number, begin, parse(raw)))
         except RowError as error:
             problems.append((number, begin, error.kind, str(error)))
-    tokenizer = Ahead(encoding.tokenizer, expected_texts(encoding.shape, [v for *_, v in found], encoding.tokenizer))
+    tokenizer = seen_ahead(encoding.shape, [value for *_, value in found], encoding.tokenizer)
     ends = frozenset()
     if found and encoding.shape:
         ends = template.stop_ids(encoding.tokenizer, format_of(encoding.shape, encoding.tokenizer))
