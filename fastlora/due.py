@@ -38,10 +38,10 @@ class Due:
         """A checkpoint was written."""
         self._saved = self.clock()
 
-    def picture(self, draw: Callable[[], object], now: bool = False) -> None:
-        """``draw()`` if the last picture is old enough, or ``now``."""
+    def picture(self, draw: Callable[[], object]) -> None:
+        """``draw()`` if the last picture is old enough."""
         start = self.clock()
-        if now or start - self._drawn >= self._wait:
+        if start - self._drawn >= self._wait:
             draw()
             self._drawn = self.clock()
             self._wait = max(PICTURE_SECONDS, PICTURE_PART * (self._drawn - start))

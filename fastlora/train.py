@@ -95,6 +95,7 @@ class Trainer:
                 while self.done < last and stop.signal is None and not self.ended_early():
                     self._advance()
             self._save()
+            draw(self)
             result = finish(self, stop.signal)
         return result
 
@@ -313,7 +314,7 @@ class Trainer:
         return out_of_patience(self.held_out, self.config.early_stopping_patience)
 
     def _save(self) -> None:
-        """Checkpoint, adapter and picture as they are now."""
+        """Checkpoint and adapter as they are now."""
         plain = {name: value and [list(value.losses), list(value.tokens)]
                  for name, value in (("before", self.before), ("after", self.after))}
         extra = {"held_out": self.held_out, **plain, "versions": rundir.versions(),
@@ -329,7 +330,6 @@ class Trainer:
                 raise TrainingError(f"{folder}: the adapter could not be written ({error}); the old file is "
                                     "whole") from error
         self.due.saved()
-        self.due.picture(lambda: draw(self), now=True)
 
     def one_thread(self):
         """Around whatever must not depend on the number of CPU threads."""
