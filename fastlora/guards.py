@@ -96,6 +96,17 @@ def check_tokens(model: nn.Module, *row_lists: Sequence[Row]) -> None:
                              f"are 0 to {size - 1}); the tokenizer is not this model's")
 
 
+def vocabulary_note(model: nn.Module, tokenizer, *row_lists: Sequence[Row]) -> str | None:
+    """A sentence if the tokenizer knows tokens that the model has no embedding for, all of which :func:`check_tokens` let
+    pass because no row holds one; else None."""
+    size, known = model.get_input_embeddings().weight.shape[0], len(tokenizer)
+    if known <= size:
+        return None
+    most = max(largest_token(rows)[0] for rows in row_lists)
+    return (f"tokens: the tokenizer knows {known}, the model {size}; no row holds one of the others (the largest is {most}), "
+            "but a prompt might")
+
+
 def check_causal(model: nn.Module) -> None:
     """No position sees a later one: the gradient of the first position's logits by the later embeddings is 0, exactly.
 

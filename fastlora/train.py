@@ -24,6 +24,7 @@ from fastlora.due import Due
 from fastlora.errors import InputError, TrainingError
 from fastlora.evaluate import Evaluation, best_point, evaluate, out_of_patience
 from fastlora.exact import exact
+from fastlora.files import atomic_write_text
 from fastlora.inject import inject, injection
 from fastlora.interrupt import Interrupt
 from fastlora.invariant import make_invariant
@@ -111,6 +112,7 @@ class Trainer:
         self.evaluation_rows: Sequence[Row] = self.evaluation_data.rows if self.evaluation_data else ()
         guards.check_rows(self.data)
         guards.check_tokens(model, self.rows, self.evaluation_rows)
+        note = guards.vocabulary_note(model, self.tokenizer, self.rows, self.evaluation_rows)
         guards.check_update_size(model, config.learning_rate)
         self.total = total_steps(config, len(self.rows))
         self.rates = learning_rates(config, self.total)
@@ -119,7 +121,7 @@ class Trainer:
         self.budget = Budget(config, self.device, (self.rows, self.evaluation_rows), self.alignment, say)
         say(f"batch: {config.batch_size} sequences per optimiser step, {self.total} steps; cut into "
             f"micro-batches of at most {self.limit} padded tokens, which does not change the result")
-        for line in rundata.lines(self.data, self.evaluation_data, self.alignment):
+        for line in (*rundata.lines(self.data, self.evaluation_data, self.alignment), *filter(None, [note])):
             say(line)
         coverage(model, strict=config.strict)
         for line in coverage_lines(model):
@@ -329,6 +331,8 @@ class Trainer:
             except OSError as error:
                 raise TrainingError(f"{folder}: the adapter could not be written ({error}); the old file is "
                                     "whole") from error
+        if len(folders) > 1:  # what `fastlora generate` reads the format from
+            atomic_write_text(folders[1] / rundir.RUN, (self.folder / rundir.RUN).read_text(encoding="utf-8"))
         self.due.saved()
 
     def one_thread(self):
