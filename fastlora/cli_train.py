@@ -143,10 +143,11 @@ def run(given: dict, lora_given: dict, console=None):
 
 def start(config, lora, console=None):
     """Load model and tokenizer by ``config`` and train."""
-    from fastlora import rundir, setup
+    from fastlora import rundata, rundir, setup
     from fastlora.train import Trainer
 
     rundir.check(config)
+    rundata.check(config)
     model, tokenizer = setup.load(config, typer.echo)
     return Trainer(model, tokenizer, config, lora, console=console).train()
 

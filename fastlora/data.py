@@ -61,7 +61,7 @@ class RowSet:
             and one count for each kind of ``KINDS``.
         problems: what was wrong, by line; the first ``MOST_PROBLEMS``.
         format: one of ``encode.FORMATS``. shape: one of ``shapes.SHAPES``.
-        files: how many. notes: sentences to print (where the tokens are cached, files left out).
+        files: how many. notes: sentences to print (files left out). tokens: a sentence that says where they are cached, or "".
     """
 
     rows: Sequence[Row]
@@ -71,6 +71,7 @@ class RowSet:
     shape: str = "text"
     files: int = 1
     notes: tuple[str, ...] = ()
+    tokens: str = ""
 
     def summary(self) -> str:
         """One line for the start of a run."""
@@ -162,10 +163,10 @@ def read_rows(
             finally:
                 store.close()
             state |= gather.state()
-        gather.notes.append(f"tokens: written to {folder}, to be used again by runs on the same data")
+        gather.tokens = f"tokens: written to {folder}, to be used again by runs on the same data"
     else:
         gather.restore(state)
-        gather.notes.append(f"tokens: read from {folder}, made by an earlier run on the same data")
+        gather.tokens = f"tokens: read from {folder}, made by an earlier run on the same data"
     arrays = mapped(folder)
     if [len(array) for array in arrays] != [gather.counts["tokens"], gather.counts["tokens"], gather.rows]:
         raise InputError(f"token_cache = {os.fspath(cache)!r}: {folder} is damaged; remove that folder")
@@ -203,6 +204,7 @@ class _Gather:
         self.counts: Counter = Counter()
         self.problems: list[Problem] = []
         self.notes: list[str] = []
+        self.tokens = ""
         self._file, self._lines = -1, 0
 
     def find_shape(self, tokenizer) -> None:
@@ -267,7 +269,8 @@ class _Gather:
     def result(self, rows: TokenRows) -> RowSet:
         names = ("lines", "blank", "truncated", "ends_lost", "without_end", "supervised", "skipped", "tokens", *KINDS)
         counts = {name: int(self.counts[name]) for name in names} | {"used": self.rows}
-        return RowSet(rows, counts, self.problems, self.format, self.shape or "text", len(self.files), tuple(self.notes))
+        return RowSet(rows, counts, self.problems, self.format, self.shape or "text", len(self.files), tuple(self.notes),
+                      self.tokens)
 
 
 def _short(paths: list[str]) -> tuple[str, ...]:

@@ -11,23 +11,6 @@ from fastlora.files import atomic_write
 MOST_POINTS = 2000
 
 
-def loss_curve(
-    path: str | os.PathLike,
-    training: Sequence[tuple[int, float]],
-    held_out: Sequence[tuple[int, float, float]] = (),
-) -> None:
-    """Draw the losses (nats per supervised token) and write a PNG, whole or not at all.
-
-    Args:
-        path: the file, for instance ``loss.png``.
-        training: (step, loss of that step's global batch), steps counted from 1.
-        held_out: (step, loss, standard error) after that many steps; 0 is before training.
-    """
-    figure = _figure((7, 4.2))
-    _losses(figure.add_subplot(), training, held_out)
-    _write(figure, path)
-
-
 def run_curves(
     path: str | os.PathLike, records: Sequence[dict], held_out: Sequence[tuple[int, float, float]] = (),
 ) -> None:
@@ -35,10 +18,19 @@ def run_curves(
     a second.
 
     Args:
-        path: the file. records: lines of the log (step, loss, learning_rate, grad_norm, tokens_per_second).
-        held_out: as in :func:`loss_curve`.
+        path: the file, for instance ``loss.png``.
+        records: lines of the log: step, counted from 1, loss (nats per supervised token), learning_rate, grad_norm,
+            tokens_per_second.
+        held_out: (step, loss, standard error) after that many steps; 0 is before training.
     """
-    figure = _figure((7, 7.4))
+    # The figure's own canvas, not pyplot: no display, no global state, no backend chosen for the caller.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 7.4), dpi=120)
+    FigureCanvasAgg(figure)
+    # Fixed margins: fitting those of four panels takes longer than drawing them.
+    figure.subplots_adjust(left=0.13, right=0.98, bottom=0.06, top=0.98, hspace=0.16)
     top, *below = figure.subplots(4, 1, sharex=True, height_ratios=(3, 1, 1, 1))
     records = records[:: -(-len(records) // MOST_POINTS) or 1]
     _losses(top, [(record["step"], record["loss"]) for record in records], held_out)
@@ -49,21 +41,8 @@ def run_curves(
         if points:
             axes.plot(*zip(*points), color="#1f5fa8", linewidth=1, marker="o" if len(points) == 1 else None)
         _style(axes, label)
+        axes.ticklabel_format(axis="y", scilimits=(-3, 5))
     below[-1].set_xlabel("optimiser step")
-    _write(figure, path)
-
-
-def _figure(size: tuple[float, float]):
-    # The figure's own canvas, not pyplot: no display, no global state, no backend chosen for the caller.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _write(figure, path: str | os.PathLike) -> None:
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png")
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 
-from fastlora import data, packing, rundir, token_rows
+from fastlora import data, packing, rundir, sources, token_rows
 from fastlora.train_config import TrainConfig
 
 
@@ -61,7 +61,18 @@ def bar(console, path: str | os.PathLike) -> Iterator[Callable[[int, int], None]
 def lines(training: data.RowSet, held_out: data.RowSet | None, alignment: int) -> list[str]:
     """What a run says of its data."""
     fill = packing.fill_ratio(token_rows.lengths(training.rows), alignment)
-    found = [f"data: {training.summary()}; fill {fill:.2f} when padded to {alignment}", *training.notes]
+    found = [f"data: {training.summary()}; fill {fill:.2f} when padded to {alignment}", *training.notes, training.tokens]
     if held_out is not None:
-        found += [f"held out: {held_out.summary()}", *held_out.notes]
-    return found
+        found += [f"held out: {held_out.summary()}", *held_out.notes, held_out.tokens]
+    return [line for line in found if line]
+
+
+def check(config: TrainConfig) -> None:
+    """The data files are there and of a kind that can be read: known before a model is loaded.
+
+    Raises:
+        InputError: see :func:`fastlora.sources.find_files` and :func:`fastlora.sources.kind_of`.
+    """
+    for path in filter(None, (config.data, config.eval_data)):
+        for file in sources.find_files(path)[0]:
+            sources.kind_of(file)

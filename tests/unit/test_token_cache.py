@@ -48,7 +48,7 @@ def test_cached_rows_are_those_held_in_memory(tmp_path, workers, small_tasks, mo
     assert made.counts == held.counts and made.problems == held.problems
     assert {9, 32} < {int(p.line) for p in made.problems} and made.counts["truncated"] > 0
     assert seen[-1][0] <= seen[-1][1] == path.stat().st_size and len(seen) > 3
-    assert "written to" in made.notes[0]
+    assert "written to" in made.tokens
 
     def never(*_):
         raise AssertionError("tokenized again")
@@ -56,7 +56,7 @@ def test_cached_rows_are_those_held_in_memory(tmp_path, workers, small_tasks, mo
     monkeypatch.setattr(data, "encode_all", never)
     again = data.read_rows(path, tokenizer, **options, cache=tmp_path / "cache")
     assert content(again) == content(held) and again.counts == held.counts and again.problems == held.problems
-    assert "made by an earlier run" in again.notes[0]
+    assert "made by an earlier run" in again.tokens
     for change in ({"max_length": 99}, {"tokenizer": make_tokenizer(bos=False)}, {"tokenizer": make_tokenizer(PLAIN_TEMPLATE)},
                    {"path": mixed_rows(tmp_path / "other.jsonl", 61)}):
         asked = {"path": path, "tokenizer": tokenizer, **options, **change}
