@@ -167,7 +167,10 @@ def read_rows(
     else:
         gather.restore(state)
         gather.tokens = f"tokens: read from {folder}, made by an earlier run on the same data"
-    arrays = mapped(folder)
+    try:
+        arrays = mapped(folder)
+    except (OSError, ValueError):
+        arrays = ()
     if [len(array) for array in arrays] != [gather.counts["tokens"], gather.counts["tokens"], gather.rows]:
         raise InputError(f"token_cache = {os.fspath(cache)!r}: {folder} is damaged; remove that folder")
     return gather.result(TokenRows(*arrays, gather.format, gather.names))

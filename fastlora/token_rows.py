@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,8 @@ from fastlora.sources import Line
 
 IGNORED = -100
 # end: one past the row's last token in the flat arrays; number and begin: see sources.Line; file: its place in the list.
-INDEX = np.dtype([("end", "<i8"), ("key", "<i8"), ("number", "<i8"), ("begin", "<i8"), ("file", "<i4")])
+INDEX = np.dtype([("end", "<i8"), ("key", "<i8"), ("number", "<i8"), ("begin", "<i8"), ("file", "<i4"),
+                  ("weight", "<f8")])
 IDS, MASK = np.dtype("<i4"), np.dtype("u1")
 
 
@@ -32,7 +34,8 @@ class Row:
         line: the line of the file it came from, counted from 1 (a :class:`fastlora.sources.Line` knows the file too).
         format: one of ``encode.FORMATS``.
         key: 63-bit hash of ids and labels: rows of equal content have equal keys, wherever they
-            stand.
+            stand. A weight other than 1 is part of the content.
+        weight: by which the loss of each of the row's tokens is multiplied.
     """
 
     input_ids: np.ndarray
@@ -40,6 +43,7 @@ class Row:
     line: int
     format: str
     key: int
+    weight: float = 1.0
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -50,7 +54,7 @@ class Row:
         return int((self.labels != IGNORED).sum())
 
 
-def make_row(ids: list[int], supervised: list[bool], line: int, kind: str) -> Row:
+def make_row(ids: list[int], supervised: list[bool], line: int, kind: str, weight: float = 1.0) -> Row:
     """A :class:`Row` of ``ids`` and the mask of supervised tokens.
 
     Raises:
@@ -63,8 +67,9 @@ def make_row(ids: list[int], supervised: list[bool], line: int, kind: str) -> Ro
         raise RowError("no_supervised_token", "no supervised token")
     # Fixed byte order and width: the key names the row on every machine.
     content = input_ids.astype("<i4").tobytes() + labels.astype("<i4").tobytes()
+    content += b"" if weight == 1 else struct.pack("<d", weight)
     key = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
-    return Row(input_ids, labels, line, kind, key)
+    return Row(input_ids, labels, line, kind, key, weight)
 
 
 class TokenRows(Sequence):
@@ -91,7 +96,7 @@ class TokenRows(Sequence):
         entry = self.index[place]
         ids = np.array(self.ids[start : entry["end"]], dtype=np.int32)
         labels = np.where(self.mask[start : entry["end"]] != 0, ids, np.int32(IGNORED)).astype(np.int32)
-        return Row(ids, labels, self.line(place), self.format, int(entry["key"]))
+        return Row(ids, labels, self.line(place), self.format, int(entry["key"]), float(entry["weight"]))
 
     def line(self, place: int) -> Line:
         """Where row ``place`` came from."""

@@ -148,7 +148,7 @@ def encode_task(task: Task, encoding: Encoding) -> Piece:
     index["end"] = np.cumsum([len(row) for *_, row in rows])
     index["key"] = [row.key for *_, row in rows]
     index["number"], index["begin"] = [r[0] for r in rows], [r[1] for r in rows]
-    index["file"] = task.file
+    index["file"], index["weight"] = task.file, [row.weight for *_, row in rows]
     none = np.zeros(0, np.int32)
     ids = np.concatenate([row.input_ids for *_, row in rows] or [none]).astype(IDS)
     mask = (np.concatenate([row.labels for *_, row in rows] or [none]) >= 0).astype(MASK)

@@ -101,10 +101,11 @@ def test_cache_is_whole_or_absent(tmp_path, small_tasks, monkeypatch):
     assert len(calls) == 3 and not cache.exists()
     whole = content(data.read_rows(path, make_tokenizer(), cache=cache, workers=0))
     (folder,) = cache.iterdir()
-    ids = folder / "ids.bin"
-    ids.write_bytes(ids.read_bytes()[:-4])
-    with pytest.raises(InputError, match="damaged; remove that folder"):
-        data.read_rows(path, make_tokenizer(), cache=cache, workers=0)
+    for name, cut in (("ids.bin", 4), ("index.bin", 1)):
+        file = folder / name
+        file.write_bytes(file.read_bytes()[:-cut])
+        with pytest.raises(InputError, match="damaged; remove that folder"):
+            data.read_rows(path, make_tokenizer(), cache=cache, workers=0)
     (folder / token_cache.STATE).write_text("{")
     assert content(data.read_rows(path, make_tokenizer(), cache=cache, workers=0)) == whole
     assert [p.name for p in cache.iterdir()] == [folder.name]
