@@ -5,6 +5,7 @@ And what finds the place of a NaN after the fact.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 
@@ -110,21 +111,28 @@ def vocabulary_note(model: nn.Module, tokenizer, *row_lists: Sequence[Row]) -> s
 def check_causal(model: nn.Module) -> None:
     """No position sees a later one: the gradient of the first position's logits by the later embeddings is 0, exactly.
 
-    An encoder (BERT) loads as a causal language model too, and would learn to copy its input.
+    An encoder (BERT) loads as a causal language model too, and would learn to copy its input. A model that takes no
+    ``inputs_embeds`` cannot be asked.
 
     Raises:
         InputError: it is not causal, with its class.
     """
+    if "inputs_embeds" not in inspect.signature(model.forward).parameters:
+        return
     table = model.get_input_embeddings().weight
     ids = torch.arange(8, device=table.device)[None] % table.shape[0]
     inputs = table.detach()[ids].requires_grad_()
-    was_training = model.training
+    was_training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
     model.eval()
     try:
+        for parameter in trainable:  # no gradients but the one asked for, and no kernels compiled for them
+            parameter.requires_grad_(False)
         logits = model(inputs_embeds=inputs, use_cache=False).logits
         (gradient,) = torch.autograd.grad(logits[0, 0].float().sum(), inputs)
     finally:
         model.train(was_training)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
     # NaN is no answer; it is found, with its module, when the first loss is looked at.
     if bool((gradient[0, 1:].nan_to_num() != 0).any()):
         raise InputError(f"model: {type(model).__name__} lets a position see later ones, so it is no causal language model; "

@@ -43,6 +43,11 @@ class MicroBatch:
     supervised: int
     lines: tuple[int, ...]
 
+    def places(self) -> dict[str, list]:
+        """``lines``, and ``files`` where the data set has several, for the log."""
+        files = [getattr(line, "file", "") for line in self.lines]
+        return {"lines": [int(line) for line in self.lines]} | ({"files": files} if any(files) else {})
+
 
 def epoch_order(n: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
     """The order of ``n`` rows in an epoch, int64 [n]: a permutation by (seed, epoch), or the file's.

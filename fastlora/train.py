@@ -218,7 +218,7 @@ class Trainer:
                 for index, value in zip(cut, values, strict=True):
                     losses[index] = value
         return losses, [
-            {"sample_ids": [f"{i:016x}" for i in batch.stream.sample_ids], "lines": list(batch.lines),
+            {"sample_ids": [f"{i:016x}" for i in batch.stream.sample_ids], **batch.places(),
              "tokens": sum(batch.stream.lengths), "padded_tokens": batch.stream.total,
              "supervised_tokens": batch.supervised} for _, batch, _ in ran
         ]

@@ -164,5 +164,14 @@ def test_training_from_the_cache_gives_the_same_bytes(tmp_path, small_tasks):
     array = tmp_path / "rows.json"
     array.write_text(json.dumps([json.loads(line) for line in data_file.read_text().splitlines()]))
     train(tmp_path, "c", data=array)
-    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "abc"]
-    assert files[0] == files[1] == files[2]
+    folder = tmp_path / "several"
+    folder.mkdir()
+    for number, line in enumerate(data_file.read_text().splitlines()):
+        with open(folder / f"{number // 5}.jsonl", "a") as part:
+            part.write(line + "\n")
+    result, *_ = train(tmp_path, "d", data=folder)
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "abcd"]
+    assert files[0] == files[1] == files[2] == files[3]
+    micro_batches = [m for record in result.log[:2] for m in record["micro_batches"]]
+    seen = {(f, n) for m in micro_batches for f, n in zip(m["files"], m["lines"], strict=True)}
+    assert seen == {(f"{n // 5}.jsonl", n % 5 + 1) for n in range(12)}
