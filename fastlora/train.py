@@ -23,7 +23,7 @@ from fastlora.digest import adapter_tensors, digest, fingerprint_and_codes
 from fastlora.due import Due
 from fastlora.errors import InputError, TrainingError
 from fastlora.evaluate import Evaluation, best_point, evaluate, out_of_patience
-from fastlora.exact import exact
+from fastlora.exact import discard, exact
 from fastlora.files import atomic_write_text
 from fastlora.inject import inject, injection
 from fastlora.interrupt import Interrupt
@@ -298,8 +298,11 @@ class Trainer:
 
     def in_memory(self, rows: Sequence[Row], run):
         """``run(cuts)``, repeated with smaller micro-batches as often as memory runs out (see :class:`Budget`)."""
-        return self.budget.run(rows, run, lambda: self.optimizer.zero_grad(set_to_none=True),
-                               f"at step {self.done + 1}")
+        def clear() -> None:  # before there is an optimiser, too
+            discard(self.model)
+            self.model.zero_grad(set_to_none=True)
+
+        return self.budget.run(rows, run, clear, f"at step {self.done + 1}")
 
     # Between steps -------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import torch
 from tiny_run import tiny_model, train
 
 import fastlora.setup as setup
-from fastlora import memory
+from fastlora import memory, packing, selfcheck
 from fastlora.errors import TrainingError
 from fastlora.exact import lora_modules
 from fastlora.setup import Objective
@@ -125,6 +125,27 @@ def test_out_of_memory_in_an_evaluation_is_repeated_too(tmp_path, monkeypatch):
     found, *_ = train(tmp_path, "short", steps=1, eval_data=held)
     assert strikes and found.held_out == plain.held_out
     assert adapter_of(tmp_path / "short") == adapter_of(tmp_path / "plain")
+
+
+def test_out_of_memory_while_a_run_compares_two_cuts_of_its_first_batch(tmp_path, monkeypatch):
+    _, trainer, _ = train(tmp_path, "a", steps=1)
+    original, strikes = Objective.__call__, []
+
+    def short(self, batch):
+        if len(batch.lines) > 1 and not strikes:
+            strikes.append(1)
+            shortage()
+        return original(self, batch)
+
+    with contextlib.ExitStack() as stack:
+        trainer.prepare(stack)
+        del trainer.optimizer  # the comparison comes before it is made
+        monkeypatch.setattr(Objective, "__call__", short)
+        rows = trainer.batch_of(1)
+        with trainer.one_thread():
+            odd, _ = selfcheck.compare(trainer, rows, packing.sample_ids(rows))
+    assert strikes and odd is None
+    assert all(p.grad is None for p in trainer.model.parameters())
 
 
 def rows(*lengths: int) -> list:
