@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 
 import pytest
 from tiny_run import train, write_rows
@@ -182,3 +183,21 @@ def test_the_lock_of_a_dead_process_is_taken_over_and_said(tmp_path):
     _, _, printed = train(tmp_path, "a", steps=1)
     assert f"lock: process {process.pid} on " in printed and "taken over" in printed
     assert not (tmp_path / "a" / lock.NAME).exists()
+
+
+def test_sigterm_finishes_the_step_saves_and_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    train(tmp_path, "whole", steps=3)
+    original = Trainer.sums
+
+    def sums(self, rows, ids, cuts, step):
+        if step == 2 and hasattr(self, "progress"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, rows, ids, cuts, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "sums", sums)
+        stopped, _, printed = train(tmp_path, "a", steps=3)
+    assert (stopped.steps, stopped.signal) == (2, signal.SIGTERM)
+    assert "go on with: fastlora train --output" in printed and steps_kept(tmp_path / "a") == [2]
+    train(tmp_path, "a", steps=3, resume=True)
+    assert adapter_of(tmp_path / "a") == adapter_of(tmp_path / "whole")
