@@ -51,16 +51,16 @@ class Checkpoint:
 
 def save(
     folder: str | os.PathLike, step: int, model: nn.Module, optimizer: torch.optim.Optimizer,
-    identity: dict, extra: dict, keep: int = 2,
+    identity: dict, extra: dict, keep: int = 2, best: int | None = None,
 ) -> pathlib.Path:
-    """Write the checkpoint of ``step`` below ``folder`` and remove all but the newest ``keep``.
+    """Write the checkpoint of ``step`` below ``folder`` and remove all but the newest ``keep`` and that of step ``best``.
 
     Raises:
         TrainingError: the disk is full or not writable; earlier checkpoints stay whole.
     """
     folder = pathlib.Path(folder)
-    final = folder / f"step-{step:08d}"
-    temporary = folder / f".step-{step:08d}.tmp"
+    final = folder / _name(step)
+    temporary = folder / f".{final.name}.tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -83,8 +83,21 @@ def save(
         raise TrainingError(f"{final}: the checkpoint could not be written ({error}); "
                             "earlier ones are whole") from error
     for old in _folders(folder)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+        if best is None or old.name != _name(best):
+            _remove(old)
     return final
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _remove(folder: pathlib.Path) -> None:
+    """Take a checkpoint away under another name first: half of one must never look like one that was damaged."""
+    doomed = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def latest(folder: str | os.PathLike) -> Checkpoint | None:

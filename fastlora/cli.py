@@ -65,7 +65,7 @@ def report(
 
 @app.command()
 def data(
-    file: Annotated[str, typer.Argument(help="JSONL file.")],
+    file: Annotated[str, typer.Argument(help="JSONL, JSON or Parquet file, or a folder or glob of them.")],
     model: Model,
     gguf_file: Gguf = None,
     line: Annotated[list[int] | None, typer.Option("--line", help="Line to show; may be repeated.")] = None,
@@ -73,7 +73,7 @@ def data(
     max_length: Annotated[int | None, typer.Option("--max-length", help="Longest row in tokens.")] = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Show rows as the model sees them, supervised tokens coloured, and what is wrong with the file."""
+    """Show rows as the model sees them, supervised tokens coloured, the shape they are taken as, and what is wrong."""
     from fastlora.log import make_console
     from fastlora.setup import load_tokenizer
     from fastlora.show import show_rows

@@ -20,8 +20,11 @@ def train(
                                          "owner/name, which is fetched.")] = None,
     gguf_file: Annotated[str | None, _option("--gguf-file", help="GGUF file inside the model's folder; found "
                                              "by itself if it is the only one.")] = None,
-    data: Annotated[str | None, _option("--data", help="JSONL file to train on.")] = None,
-    eval_data: Annotated[str | None, _option("--eval-data", help="JSONL file that is only evaluated.")] = None,
+    data: Annotated[str | None, _option("--data", help="JSONL, JSON or Parquet file to train on, or a "
+                                        "folder or a glob of them.")] = None,
+    eval_data: Annotated[str | None, _option("--eval-data", help="The same, only evaluated.")] = None,
+    token_cache: Annotated[str | None, _option("--token-cache", help="Folder for the tokens of large data, used again by "
+                                               "later runs. [fastlora-tokens beside the output]")] = None,
     output: Annotated[str | None, _option("--output", help="Folder for adapter, log, report, "
                                           "checkpoints.")] = None,
     rank: Annotated[int | None, _option("--rank", help="LoRA rank r. [16]")] = None,
@@ -81,7 +84,13 @@ def train(
                                          "auto is bf16 on CUDA, fp32 on CPU. [auto]")] = None,
     checkpoint_every: Annotated[int | None, _option("--checkpoint-every", help="Steps; 0: only at the end. "
                                                     "[50]")] = None,
-    keep_checkpoints: Annotated[int | None, _option("--keep-checkpoints", help="How many stay. [2]")] = None,
+    checkpoint_minutes: Annotated[float | None, _option("--checkpoint-minutes", help="Minutes between checkpoints, beside "
+                                                        "the steps; 0: by steps alone. [0]")] = None,
+    keep_checkpoints: Annotated[int | None, _option("--keep-checkpoints", help="How many stay, beside the one with the "
+                                                    "lowest held-out loss. [2]")] = None,
+    early_stopping_patience: Annotated[int | None, _option(
+        "--early-stopping-patience", help="End after so many evaluations without a new lowest held-out loss; 0: never. "
+        "[0]")] = None,
     eval_every: Annotated[int | None, _option("--eval-every", help="Steps; 0: four times a run. [0]")] = None,
     digest_every: Annotated[int | None, _option("--digest-every", help="Steps between MD5s in the log; 0: at "
                                                 "checkpoints. [0]")] = None,
@@ -152,10 +161,11 @@ def start(config, lora, console=None, stored=None):
     Args:
         stored: tables of the ``run.toml`` this is to repeat; what differs from it is said before the first step.
     """
-    from fastlora import rundir, setup
+    from fastlora import rundata, rundir, setup
     from fastlora.train import Trainer
 
     rundir.check(config)
+    rundata.check(config)
     model, tokenizer = setup.load(config, typer.echo)
     return Trainer(model, tokenizer, config, lora, console=console, stored=stored).train()
 

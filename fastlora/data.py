@@ -1,26 +1,27 @@
-"""Training rows from a JSONL file: read, checked and tokenized; every refusal names its line.
+"""Training rows from data files: read, checked and tokenized; every refusal names its file and line.
 
-A row holds ``messages`` (a chat), ``prompt`` and ``completion``, or ``text``; one file holds one of
-the three. Blank lines are passed over, a UTF-8 byte order mark is taken off, other keys are
-ignored but ``weight`` (weights.py).
+Which files: sources.py. Which fields: shapes.py. Small data stays in memory; large data goes through a cache on disk
+(token_cache.py), and rows are read from it one by one.
 """
 
 from __future__ import annotations
 
-import codecs
-import hashlib
-import json
 import os
-from collections.abc import Iterator
+import pathlib
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from fastlora import encode, template, weights
+from fastlora import sources, token_cache
 from fastlora.encode import RowError
 from fastlora.errors import InputError
+from fastlora.shapes import NAMES, encode_record, format_of, shape_of
+from fastlora.sources import Line
+from fastlora.token_rows import IGNORED, Row, Store, TokenRows, make_row, mapped
+from fastlora.token_workers import encode_all, processes
+from fastlora.tokenizing import Encoding
 
-IGNORED = -100
+__all__ = ["IGNORED", "KINDS", "Problem", "Row", "RowSet", "encode_record", "make_row", "read_rows"]
 
 # What a row can suffer from, and how a summary calls it.
 KINDS = {
@@ -34,37 +35,10 @@ KINDS = {
 }
 ON_BAD_ROW = ("refuse", "skip")
 ON_LONG_ROW = ("refuse", "skip", "truncate")
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """One tokenized row.
-
-    Attributes:
-        input_ids: int32 [n].
-        labels: int32 [n], not shifted: a supervised token's label is the token itself, others are
-            -100. The first token has no predecessor to be predicted from and is never supervised.
-        line: the line of the file it came from, counted from 1.
-        format: one of ``encode.FORMATS``.
-        key: 63-bit hash of ids and labels: rows of equal content have equal keys, wherever they
-            stand. A weight other than 1 is part of the content.
-        weight: by which the loss of each of the row's tokens is multiplied.
-    """
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-    line: int
-    format: str
-    key: int
-    weight: float = 1.0
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def supervised(self) -> int:
-        """Number of supervised tokens."""
-        return int((self.labels != IGNORED).sum())
+# Data of more bytes than this are tokenized by several processes into a cache on disk.
+LARGE = 1 << 25
+# So many problems are kept with their line; all are counted.
+MOST_PROBLEMS = 1000
 
 
 @dataclass(frozen=True)
@@ -78,138 +52,48 @@ class Problem:
 
 @dataclass(frozen=True)
 class RowSet:
-    """The usable rows of a file.
+    """The usable rows of a data set.
 
     Attributes:
-        rows: in the order of the file.
-        counts: lines, blank, used, skipped, truncated, tokens, supervised, without_end (rows in
-            which no end token is supervised, so that they do not teach the model to stop), and one
-            count for each kind of ``KINDS``.
-        problems: what was wrong, by line.
-        format: one of ``encode.FORMATS``.
+        rows: in the order of the files; read one by one from arrays, which may be larger than memory.
+        counts: lines, blank, used, skipped, truncated, ends_lost (of these, rows that lost their end token), tokens,
+            supervised, without_end (rows in which no end token is supervised, so that they do not teach the model to stop),
+            and one count for each kind of ``KINDS``.
+        problems: what was wrong, by line; the first ``MOST_PROBLEMS``.
+        format: one of ``encode.FORMATS``. shape: one of ``shapes.SHAPES``.
+        files: how many. notes: sentences to print (files left out). tokens: a sentence that says where they are cached, or "".
     """
 
-    rows: list[Row]
+    rows: Sequence[Row]
     counts: dict[str, int]
     problems: list[Problem] = field(default_factory=list)
     format: str = "text"
+    shape: str = "text"
+    files: int = 1
+    notes: tuple[str, ...] = ()
+    tokens: str = ""
 
     def summary(self) -> str:
         """One line for the start of a run."""
         counts = self.counts
+        shown = NAMES[self.shape]
+        if self.shape == "instruction":
+            shown += ", as a chat" if self.format == "messages" else ", by Alpaca's prompt"
         parts = [
-            f"{counts['used']} rows ({self.format})",
+            f"{counts['used']} rows ({shown})" + (f" of {self.files} files" if self.files > 1 else ""),
             f"{counts['tokens']} tokens, {counts['supervised']} supervised",
         ]
         if counts["truncated"]:
-            parts.append(f"{counts['truncated']} cut to the length limit")
+            lost = f" ({counts['ends_lost']} without their end token now)" if counts["ends_lost"] else ""
+            parts.append(f"{counts['truncated']} cut to the length limit{lost}")
         if counts["skipped"]:
             kinds = ", ".join(
                 f"{counts[kind]} {name}" for kind, name in KINDS.items() if counts[kind]
             )
             lines = ", ".join(str(problem.line) for problem in self.problems[:5])
-            more = ", ..." if len(self.problems) > 5 else ""
+            more = ", ..." if counts["skipped"] > 5 else ""
             parts.append(f"{counts['skipped']} skipped ({kinds}; lines {lines}{more})")
         return "; ".join(parts)
-
-
-def make_row(ids: list[int], supervised: list[bool], line: int, kind: str, weight: float = 1.0) -> Row:
-    """A :class:`Row` of ``ids`` and the mask of supervised tokens.
-
-    Raises:
-        RowError: no token after the first is supervised.
-    """
-    input_ids = np.asarray(ids, dtype=np.int32)
-    labels = np.where(np.asarray(supervised, dtype=bool), input_ids, np.int32(IGNORED)).astype(
-        np.int32
-    )
-    labels[:1] = IGNORED
-    if not (labels != IGNORED).any():
-        raise RowError("no_supervised_token", "no supervised token")
-    # Fixed byte order and width: the key names the row on every machine.
-    content = input_ids.astype("<i4").tobytes() + labels.astype("<i4").tobytes()
-    content += weights.name_of(weight)
-    key = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
-    return Row(input_ids, labels, line, kind, key, weight)
-
-
-def format_of(record: object) -> str:
-    """Which of ``encode.FORMATS`` a parsed line has.
-
-    Raises:
-        RowError: it is no object, has the fields of none of the three, or of more than one.
-    """
-    if not isinstance(record, dict):
-        raise RowError("bad_format", f"a {type(record).__name__}, not an object")
-    found = []
-    if "messages" in record:
-        found.append("messages")
-    if "prompt" in record or "completion" in record:
-        found.append("prompt-completion")
-        for name in ("prompt", "completion"):
-            if name not in record:
-                raise RowError(
-                    "bad_format", f"no '{name}' beside the other of prompt and completion"
-                )
-    if "text" in record:
-        found.append("text")
-    if len(found) == 1:
-        return found[0]
-    keys = ", ".join(sorted(record)[:8]) or "none"
-    what = "fields of more than one format" if found else "no known field"
-    allowed = "give 'messages', 'prompt' and 'completion', or 'text'"
-    raise RowError("bad_format", f"{what} (its keys: {keys}); {allowed}")
-
-
-def encode_record(record: dict, tokenizer) -> tuple[list[int], list[bool]]:
-    """Ids and the mask of supervised tokens of one parsed line, by its :func:`format_of`."""
-    kind = format_of(record)
-    if kind == "messages":
-        return template.encode_messages(tokenizer, record["messages"], tools=record.get("tools"))
-    if kind == "prompt-completion":
-        return encode.encode_pair(tokenizer, record["prompt"], record["completion"])
-    return encode.encode_text(tokenizer, record["text"])
-
-
-def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, bytes without line end) of every line, without a byte order mark.
-
-    Raises:
-        InputError: the file cannot be read, or is UTF-16 or UTF-32.
-    """
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if number == 1:
-                    if line.startswith(
-                        (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
-                    ):
-                        raise InputError(
-                            f"data {os.fspath(path)} is UTF-16 or UTF-32; save it as UTF-8"
-                        )
-                    line = line.removeprefix(codecs.BOM_UTF8)
-                yield number, line.rstrip(b"\r\n")
-    except OSError as error:
-        raise InputError(
-            f"data {os.fspath(path)} cannot be read: {error.strerror}; give a JSONL file"
-        ) from error
-
-
-def parse_line(line: bytes) -> object:
-    """The JSON value of one line.
-
-    Raises:
-        RowError: it is not UTF-8, or not JSON.
-    """
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise RowError("bad_utf8", f"not UTF-8 at byte {error.start + 1} of the line") from error
-    except json.JSONDecodeError as error:
-        raise RowError("not_json", f"not JSON: {error.msg} at column {error.colno}") from error
-    except (RecursionError, ValueError) as error:
-        # Nested thousands deep, or an integer of thousands of digits.
-        raise RowError("not_json", f"not JSON that Python can hold: {error}") from error
 
 
 def read_rows(
@@ -219,17 +103,24 @@ def read_rows(
     max_length: int | None = None,
     on_bad_row: str = "refuse",
     on_long_row: str = "refuse",
+    cache: str | os.PathLike | None = None,
+    always_cache: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> RowSet:
-    """Read, check and tokenize a JSONL file.
+    """Read, check and tokenize data files.
 
     Args:
-        path: the file.
+        path: a JSONL, JSON or Parquet file, a folder, or a glob of them.
         tokenizer: a transformers tokenizer.
         max_length: the most tokens a row may have, end tokens counted; None sets no limit.
-        on_bad_row: "refuse" (all bad rows are named in one error) or "skip" (counted and named in
+        on_bad_row: "refuse" (bad rows are named in one error) or "skip" (counted and named in
             the result).
-        on_long_row: "refuse", "skip", or "truncate" (the first ``max_length`` tokens are kept; the
-            end token is lost).
+        on_long_row: "refuse", "skip", or "truncate": the first ``max_length`` tokens are kept, as other trainers do; no
+            end token is put behind them, for it would teach the model to stop in mid-sentence. They are counted.
+        cache: folder for the tokens of data over ``LARGE`` bytes, or None to hold them in memory.
+        always_cache: use ``cache`` for small data too. workers: processes for large data; None: a core each.
+        progress: called with (bytes done, bytes in all) of large data.
 
     Returns:
         A :class:`RowSet` with at least one row.
@@ -247,76 +138,149 @@ def read_rows(
         raise InputError(
             f"max_length is {max_length}; it must be at least 2 (one token to predict another from)"
         )
+    files, left_out = sources.find_files(path)
+    for file in files:
+        sources.kind_of(file)
+    size = sum(file.stat().st_size for file in files)
+    large = size > LARGE
+    gather = _Gather(os.fspath(path), files, on_bad_row, on_long_row, stop_early=large)
+    if left_out:
+        gather.notes.append(f"{left_out} other files in {os.fspath(path)} are no data and were not read")
+    if cache is None or not (large or always_cache):
+        store = Store()
+        _encode(gather, store, tokenizer, max_length, large, workers, size, progress)
+        return gather.result(TokenRows(*store.arrays(), gather.format, gather.names))
 
-    reader = _Reader(tokenizer, max_length, on_long_row)
-    for number, line in read_lines(path):
-        reader.add(number, line)
-    name = os.fspath(path)
-    policy = {kind: on_long_row if kind == "too_long" else on_bad_row for kind in KINDS}
-    refused = [problem for problem in reader.problems if policy[problem.kind] == "refuse"]
-    if refused:
-        raise InputError(_refusal(name, refused))
-    if not reader.rows:
-        first = reader.problems[:1]
-        why = f"line {first[0].line}: {first[0].message}" if first else "it is empty"
-        raise InputError(f"data {name} has no usable row; {why}")
-    return reader.result()
+    options = {"max_length": max_length, "on_bad_row": on_bad_row, "on_long_row": on_long_row}
+    name = token_cache.digest(files, tokenizer, options)
+    folder = pathlib.Path(cache) / name
+    state = token_cache.stored(folder)
+    if state is None:
+        with token_cache.writing(cache, name) as (temporary, state):
+            store = Store(temporary)
+            try:
+                _encode(gather, store, tokenizer, max_length, large, workers, size, progress)
+            finally:
+                store.close()
+            state |= gather.state()
+        gather.tokens = f"tokens: written to {folder}, to be used again by runs on the same data"
+    else:
+        gather.restore(state)
+        gather.tokens = f"tokens: read from {folder}, made by an earlier run on the same data"
+    try:
+        arrays = mapped(folder)
+    except (OSError, ValueError):
+        arrays = ()
+    if [len(array) for array in arrays] != [gather.counts["tokens"], gather.counts["tokens"], gather.rows]:
+        raise InputError(f"token_cache = {os.fspath(cache)!r}: {folder} is damaged; remove that folder")
+    return gather.result(TokenRows(*arrays, gather.format, gather.names))
 
 
-class _Reader:
-    """What has been read so far."""
+def _encode(gather: _Gather, store: Store, tokenizer, max_length, large: bool, workers: int | None, size: int,
+            progress: Callable[[int, int], None] | None) -> None:
+    """All tasks into ``store`` and ``gather``."""
+    before = [file.stat().st_mtime_ns for file in gather.files]
+    gather.find_shape(tokenizer)
+    encoding = Encoding(tokenizer, gather.shape, max_length, gather.on_long_row)
+    wanted = (processes() if workers is None else workers) if large or workers else 0
+    done, shown = 0, 0
+    for task, piece in encode_all(sources.tasks(gather.files), encoding, wanted):
+        gather.add(task, piece, store)
+        done += task.size
+        if progress and done - shown >= size // 500:
+            shown = done
+            progress(min(done, size), size)
+    if before != [file.stat().st_mtime_ns for file in gather.files]:
+        raise InputError(f"data {gather.name} was changed while it was read; start again once it is complete")
+    gather.end()
 
-    def __init__(self, tokenizer, max_length: int | None, on_long_row: str):
-        self.tokenizer, self.max_length, self.on_long_row = tokenizer, max_length, on_long_row
-        self.rows: list[Row] = []
+
+class _Gather:
+    """Counts and problems of a data set while its tasks come in, in order; knows each line's number."""
+
+    def __init__(self, name: str, files: list[pathlib.Path], on_bad_row: str, on_long_row: str, stop_early: bool) -> None:
+        self.name, self.files, self.on_bad_row, self.on_long_row = name, files, on_bad_row, on_long_row
+        self.stop_early = stop_early
+        # A row's line is named with its file where there are several.
+        self.names = _short([str(file) for file in files]) if len(files) > 1 else ()
+        self.shape, self.format, self.rows = "", "text", 0
+        self.counts: Counter = Counter()
         self.problems: list[Problem] = []
-        self.format: str | None = None
-        self.ends: frozenset[int] | None = None
-        self.counts = {"lines": 0, "blank": 0, "truncated": 0, "without_end": 0}
+        self.notes: list[str] = []
+        self.tokens = ""
+        self._file, self._lines = -1, 0
 
-    def add(self, number: int, line: bytes) -> None:
-        self.counts["lines"] += 1
-        if not line.strip():
-            self.counts["blank"] += 1
-            return
-        try:
-            self.rows.append(self._row(number, parse_line(line)))
-        except RowError as error:
-            self.problems.append(Problem(number, error.kind, str(error)))
+    def find_shape(self, tokenizer) -> None:
+        """The shape of the first row that has one decides for all."""
+        for task in sources.tasks(self.files):
+            for _, _, raw in sources.records(task):
+                try:
+                    self.shape = shape_of(sources.parse(raw))
+                except RowError:
+                    continue
+                self.format = format_of(self.shape, tokenizer)
+                return
 
-    def _row(self, number: int, record: object) -> Row:
-        kind = format_of(record)
-        if self.format is None:
-            self.format = kind
-        elif kind != self.format:
-            raise RowError(
-                "bad_format",
-                f"format {kind} in a file whose first row is {self.format}; use one format a file",
-            )
-        ids, supervised = encode_record(record, self.tokenizer)
-        # Truncation takes end tokens away on purpose, so rows are looked at before it.
-        if self.ends is None:
-            self.ends = template.stop_ids(self.tokenizer, kind)
-        without_end = not any(token in self.ends and on for token, on in zip(ids, supervised))
-        cut = self.max_length is not None and len(ids) > self.max_length
-        if cut:
-            if self.on_long_row != "truncate":
-                raise RowError("too_long", f"{len(ids)} tokens, the limit is {self.max_length}")
-            ids, supervised = ids[: self.max_length], supervised[: self.max_length]
-        row = make_row(ids, supervised, number, kind, weights.weight_of(record))
-        self.counts["truncated"] += cut
-        self.counts["without_end"] += without_end
-        return row
+    def add(self, task: sources.Task, piece, store: Store) -> None:
+        if task.file != self._file:
+            self._file, self._lines = task.file, 0
+        # The lines of a piece of JSONL are counted from its start; others know their numbers.
+        offset = self._lines if task.kind == "jsonl" else 0
+        self._lines += piece.counts["lines"]
+        piece.index["number"] += offset
+        store.add(piece.ids, piece.mask, piece.index)
+        self.rows += len(piece.index)
+        self.counts.update(piece.counts)
+        self.counts["tokens"] += len(piece.ids)
+        for number, begin, kind, message in piece.problems:
+            self.counts[kind] += 1
+            self.counts["skipped"] += 1
+            if len(self.problems) < MOST_PROBLEMS:
+                line = Line(number + offset, begin, self.names[task.file] if self.names else "")
+                self.problems.append(Problem(line, kind, message))
+        if self.stop_early:
+            self.refuse()
 
-    def result(self) -> RowSet:
-        counts = dict(self.counts)
-        counts["used"] = len(self.rows)
-        counts["skipped"] = len(self.problems)
-        counts["tokens"] = sum(len(row) for row in self.rows)
-        counts["supervised"] = sum(row.supervised for row in self.rows)
-        for kind in KINDS:
-            counts[kind] = sum(problem.kind == kind for problem in self.problems)
-        return RowSet(self.rows, counts, self.problems, self.format or "text")
+    def refuse(self) -> None:
+        """Raise InputError if a row was found that may not be skipped."""
+        long_may_go = self.on_long_row == "skip"
+        refused = [p for p in self.problems
+                   if (not long_may_go if p.kind == "too_long" else self.on_bad_row == "refuse")]
+        if refused:
+            raise InputError(_refusal(self.name, refused))
+
+    def end(self) -> None:
+        """Refuse what must be refused once all was read."""
+        self.refuse()
+        if not self.rows:
+            first = self.problems[0] if self.problems else None
+            why = f"line {first.line}: {first.message}" if first else "it is empty"
+            raise InputError(f"data {self.name} has no usable row; {why}")
+
+    def state(self) -> dict:
+        """What is needed beside the arrays, for JSON."""
+        problems = [(int(p.line), p.line.begin, p.line.file, p.kind, p.message) for p in self.problems]
+        return {"shape": self.shape, "format": self.format, "rows": self.rows, "counts": dict(self.counts),
+                "problems": problems}
+
+    def restore(self, state: dict) -> None:
+        """Take over the :meth:`state` of an earlier reading."""
+        self.shape, self.format, self.rows = state["shape"], state["format"], state["rows"]
+        self.counts = Counter(state["counts"])
+        self.problems = [Problem(Line(n, begin, file), kind, message) for n, begin, file, kind, message in state["problems"]]
+
+    def result(self, rows: TokenRows) -> RowSet:
+        names = ("lines", "blank", "truncated", "ends_lost", "without_end", "supervised", "skipped", "tokens", *KINDS)
+        counts = {name: int(self.counts[name]) for name in names} | {"used": self.rows}
+        return RowSet(rows, counts, self.problems, self.format, self.shape or "text", len(self.files), tuple(self.notes),
+                      self.tokens)
+
+
+def _short(paths: list[str]) -> tuple[str, ...]:
+    """Paths without the folder that all have in common."""
+    common = os.path.commonpath([os.path.dirname(path) or "." for path in paths]) if all(
+        os.path.dirname(path) for path in paths) else ""
+    return tuple(os.path.relpath(path, common) if common else path for path in paths)
 
 
 def _refusal(name: str, problems: list[Problem], shown: int = 5) -> str:

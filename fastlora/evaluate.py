@@ -93,6 +93,18 @@ def evaluate(
     return Evaluation(tuple(losses), tuple(row.supervised for row in rows))
 
 
+def best_point(held_out: Sequence[tuple[int, float, float]]) -> tuple[int, float, float] | None:
+    """The point (step, loss, standard error) of the lowest held-out loss, the earliest of equals."""
+    return min(held_out, key=lambda point: point[1]) if held_out else None
+
+
+def out_of_patience(held_out: Sequence[tuple[int, float, float]], patience: int) -> bool:
+    """Whether ``patience`` evaluations (0: never) have passed without a new lowest held-out loss (Prechelt, Early Stopping -
+    But When?, 1998, the criterion UP with strips of one evaluation)."""
+    best = best_point(held_out)
+    return bool(patience) and best is not None and sum(step > best[0] for step, *_ in held_out) >= patience
+
+
 def memorising(
     training: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, float, float]]
 ) -> str | None:
@@ -106,7 +118,7 @@ def memorising(
     """
     if len(held_out) < 2:
         return None
-    best_step, best, _ = min(held_out, key=lambda point: point[1])
+    best_step, best, _ = best_point(held_out)
     last_step, last, error = held_out[-1]
     early = [loss for step, loss in training if step <= best_step]
     late = [loss for step, loss in training if step > best_step]

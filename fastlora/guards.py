@@ -5,6 +5,7 @@ And what finds the place of a NaN after the fact.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 
@@ -18,6 +19,7 @@ from fastlora.errors import InputError, TrainingError
 from fastlora.exact import discard, exact, lora_modules
 from fastlora.packing import MicroBatch
 from fastlora.setup import Objective
+from fastlora.token_rows import TokenRows, largest_token
 from fastlora.token_sum import read_stats
 
 
@@ -35,7 +37,8 @@ def check_rows(rows: RowSet) -> None:
     Raises:
         SilentFailure: ``no-supervised-token``, ``labels-shifted-twice`` or ``no-end-token``.
     """
-    for row in rows.rows:
+    # Rows of token arrays were made by make_row, which refuses the first and cannot do the second.
+    for row in () if isinstance(rows.rows, TokenRows) else rows.rows:
         if not (row.labels[1:] != IGNORED).any():
             raise SilentFailure("no-supervised-token", f"line {row.line} has no supervised token",
                                 "Give it a completion, or leave it out")
@@ -88,11 +91,52 @@ def check_tokens(model: nn.Module, *row_lists: Sequence[Row]) -> None:
     """
     size = model.get_input_embeddings().weight.shape[0]
     for rows in row_lists:
-        for row in rows:
-            token = int(row.input_ids.max())
-            if token >= size:
-                raise InputError(f"line {row.line}: token {token} is not in the model's embedding (allowed "
-                                 f"are 0 to {size - 1}); the tokenizer is not this model's")
+        token, place = largest_token(rows)
+        if token >= size:
+            raise InputError(f"line {rows[place].line}: token {token} is not in the model's embedding (allowed "
+                             f"are 0 to {size - 1}); the tokenizer is not this model's")
+
+
+def vocabulary_note(model: nn.Module, tokenizer, *row_lists: Sequence[Row]) -> str | None:
+    """A sentence if the tokenizer knows tokens that the model has no embedding for, all of which :func:`check_tokens` let
+    pass because no row holds one; else None."""
+    size, known = model.get_input_embeddings().weight.shape[0], len(tokenizer)
+    if known <= size:
+        return None
+    most = max(largest_token(rows)[0] for rows in row_lists)
+    return (f"tokens: the tokenizer knows {known}, the model {size}; no row holds one of the others (the largest is {most}), "
+            "but a prompt might")
+
+
+def check_causal(model: nn.Module) -> None:
+    """No position sees a later one: the gradient of the first position's logits by the later embeddings is 0, exactly.
+
+    An encoder (BERT) loads as a causal language model too, and would learn to copy its input. A model that takes no
+    ``inputs_embeds`` cannot be asked.
+
+    Raises:
+        InputError: it is not causal, with its class.
+    """
+    if "inputs_embeds" not in inspect.signature(model.forward).parameters:
+        return
+    table = model.get_input_embeddings().weight
+    ids = torch.arange(8, device=table.device)[None] % table.shape[0]
+    inputs = table.detach()[ids].requires_grad_()
+    was_training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    try:
+        for parameter in trainable:  # no gradients but the one asked for, and no kernels compiled for them
+            parameter.requires_grad_(False)
+        logits = model(inputs_embeds=inputs, use_cache=False).logits
+        (gradient,) = torch.autograd.grad(logits[0, 0].float().sum(), inputs)
+    finally:
+        model.train(was_training)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+    # NaN is no answer; it is found, with its module, when the first loss is looked at.
+    if bool((gradient[0, 1:].nan_to_num() != 0).any()):
+        raise InputError(f"model: {type(model).__name__} lets a position see later ones, so it is no causal language model; "
+                         "allowed is one that predicts the next token")
 
 
 def adapter_is_finite(model: nn.Module) -> bool:

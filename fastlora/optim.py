@@ -156,6 +156,14 @@ class AdamW(torch.optim.Optimizer):
         10 bits, over all exact steps of this object."""
         return {n: small / filled if filled else 0.0 for n, (filled, small) in self._underflow.items()}
 
+    def underflow_counts(self) -> dict[str, list[int]]:
+        """What :meth:`underflow_shares` divides, for a checkpoint: [non-zero partials, those lost or under 10 bits]."""
+        return {name: list(counts) for name, counts in self._underflow.items()}
+
+    def restore_underflow_counts(self, counts: dict[str, list[int]]) -> None:
+        """Go on counting from :meth:`underflow_counts` of an earlier session."""
+        self._underflow = {name: list(pair) for name, pair in counts.items()}
+
     def load_state_dict(self, state_dict: dict) -> None:
         """As torch's, and refuses a state of other parameters.
 

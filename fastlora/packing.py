@@ -18,7 +18,7 @@ import torch
 from fastlora.data import IGNORED, Row
 from fastlora.errors import InputError
 from fastlora.ops.linear_cross_entropy import Supervised, supervised
-from fastlora.stream import Stream, splitmix64
+from fastlora.stream import Stream, signed, splitmix64, splitmix64_words
 
 # A valid id of every vocabulary. Padding is never supervised and comes after the row in causal
 # order.
@@ -49,17 +49,49 @@ class MicroBatch:
     chosen: Supervised
     weights: tuple[float, ...] | None = None
 
+    def places(self) -> dict[str, list]:
+        """``lines``, and ``files`` where the data set has several, for the log."""
+        files = [getattr(line, "file", "") for line in self.lines]
+        return {"lines": [int(line) for line in self.lines]} | ({"files": files} if any(files) else {})
 
-def epoch_order(n: int, seed: int, epoch: int, shuffle: bool = True) -> list[int]:
-    """The order of ``n`` rows in an epoch: a permutation by (seed, epoch), or the file's.
+
+def epoch_order(n: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
+    """The order of ``n`` rows in an epoch, int64 [n]: a permutation by (seed, epoch), or the file's.
 
     Rows are sorted by a splitmix64 hash of (seed, epoch, index): no random generator whose stream
     may change from one library version to the next.
     """
     if not shuffle:
-        return list(range(n))
+        return np.arange(n)
     base = splitmix64(splitmix64(seed & (2**64 - 1)) ^ epoch)
-    return sorted(range(n), key=lambda index: (splitmix64(base ^ splitmix64(index)), index))
+    hashes = splitmix64_words(splitmix64_words(torch.arange(n)) ^ signed(base))
+    # Sorted as unsigned numbers, equal ones by index.
+    return np.argsort(hashes.numpy().view(np.uint64), kind="stable")
+
+
+class Batches:
+    """Which rows make up each global batch: epochs one after the other, the last batch of each shorter if the rows do not
+    divide. Holds one epoch's order, 8 bytes a row.
+
+    Args:
+        n: rows. size: sequences a batch. seed, shuffle: see :func:`epoch_order`.
+    """
+
+    def __init__(self, n: int, size: int, seed: int, shuffle: bool) -> None:
+        self.n, self.size, self.seed, self.shuffle = n, size, seed, shuffle
+        self.in_epoch = -(-n // size)
+        self._epoch, self._order = -1, np.zeros(0, np.int64)
+
+    def epoch(self, step: int) -> int:
+        """The epoch of a step, both counted from 1."""
+        return (step - 1) // self.in_epoch + 1
+
+    def of(self, step: int) -> list[int]:
+        """Places of the rows of ``step``, counted from 1."""
+        epoch, place = divmod(step - 1, self.in_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, epoch_order(self.n, self.seed, epoch, self.shuffle)
+        return self._order[place * self.size : (place + 1) * self.size].tolist()
 
 
 def sample_ids(rows: Sequence[Row]) -> tuple[int, ...]:
@@ -117,10 +149,12 @@ def plan(rows: Sequence[Row], micro_batch_tokens: int | None, alignment: int) ->
 
 
 def fill_ratio(lengths: Iterable[int], alignment: int) -> float:
-    """Real tokens over padded tokens; 1.0 when there are none."""
-    lengths = list(lengths)
-    padded = sum(padded_length(length, alignment) for length in lengths)
-    return sum(lengths) / padded if padded else 1.0
+    """Real tokens over padded tokens; 1.0 when there are none. Takes numbers, or arrays of them."""
+    real = padded = 0
+    for length in lengths:
+        real += int(np.sum(length))
+        padded += int(np.sum(padded_length(length, alignment)))
+    return real / padded if padded else 1.0
 
 
 def collate(

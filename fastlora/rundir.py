@@ -13,7 +13,7 @@ import tomllib
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from fastlora import __version__
+from fastlora import __version__, lock, token_rows
 from fastlora.digest import digest
 from fastlora.errors import InputError
 from fastlora.files import atomic_write_text
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 REPORT, LOG, PICTURE, RUN = "report.json", "log.jsonl", "loss.png", "run.toml"
-CHECKPOINTS, BOARD = "checkpoints", "tensorboard"
-OWN = (*ADAPTER_FILES, REPORT, LOG, PICTURE, RUN, CHECKPOINTS, BOARD)
+# best: the adapter with the lowest held-out loss so far.
+CHECKPOINTS, BOARD, BEST = "checkpoints", "tensorboard", "best"
+OWN = (*ADAPTER_FILES, REPORT, LOG, PICTURE, RUN, CHECKPOINTS, BOARD, BEST)
+TOKENS = "fastlora-tokens"
 
 
 def holds_run(folder: pathlib.Path) -> bool:
@@ -47,6 +49,8 @@ def check(config: TrainConfig) -> None:
     existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"output = {config.output!r}: {existing} cannot be written")
+    if folder.is_dir():
+        lock.check(folder)
     if config.resume:
         stored_run(folder)
     if holds_run(folder) and not (config.resume or config.overwrite):
@@ -99,11 +103,13 @@ def identity(trainer: Trainer) -> dict:
     """What a prepared run is made of, by name: all that decides its bytes."""
     lora = injection(trainer.model).config.to_peft()
     lora.pop("base_model_name_or_path", None)
-    keys = b"".join(row.key.to_bytes(8, "little") for row in trainer.rows)
+    data = hashlib.md5(usedforsecurity=False)
+    for block in token_rows.keys(trainer.rows):
+        data.update(block)
     parts = {name: getattr(trainer.config, name) for name in DECIDES_BYTES}
     parts |= {"steps": trainer.total, "lora": lora, "device": trainer.device.type,
               "dtype": str(next(trainer.model.parameters()).dtype), "model": trainer.start.frozen,
-              "data": hashlib.md5(keys, usedforsecurity=False).hexdigest(),
+              "data": data.hexdigest(),
               "adapter at the start": digest(trainer.start.tensors)}
     return json.loads(json.dumps(parts))
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import pathlib
 from typing import TYPE_CHECKING
 
-from fastlora import packing, rundir
-from fastlora.evaluate import Evaluation, memorising, paired
+from fastlora import packing, rundir, token_rows
+from fastlora.evaluate import Evaluation, best_point, memorising, paired
 from fastlora.files import atomic_write_text
-from fastlora.log import memory_in_use
-from fastlora.plot import loss_curve
+from fastlora.log import RunLog, memory_in_use
+from fastlora.plot import run_curves
 from fastlora.report import update_report
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class TrainResult:
         losses: (step, nats per supervised token) of every step.
         held_out: (step, loss, standard error), step 0 before training. ``before``, ``after``: the first and
             last of these in full, or None without held-out data.
-        log: the lines of log.jsonl.
+        folder: where the run's files are.
     """
 
     steps: int
@@ -40,12 +41,22 @@ class TrainResult:
     held_out: list[tuple[int, float, float]]
     before: Evaluation | None
     after: Evaluation | None
-    log: list[dict]
+    folder: pathlib.Path
+
+    @property
+    def log(self) -> list[dict]:
+        """The lines of log.jsonl, read anew."""
+        return RunLog(self.folder / rundir.LOG).read()
+
+
+def slim(record: dict) -> dict:
+    """What of a log line stays in memory: all but the parts that grow with the batch."""
+    return {name: value for name, value in record.items() if name not in ("micro_batches", "codes")}
 
 
 def draw(trainer: Trainer) -> None:
     """Write loss.png as it stands."""
-    loss_curve(trainer.folder / rundir.PICTURE, trainer.losses, trainer.held_out)
+    run_curves(trainer.folder / rundir.PICTURE, trainer.records, trainer.held_out)
 
 
 def finish(trainer: Trainer, signal: int | None) -> TrainResult:
@@ -55,11 +66,13 @@ def finish(trainer: Trainer, signal: int | None) -> TrainResult:
     sentence = memorising(trainer.losses, trainer.held_out)
     report = {
         "steps": trainer.done, "planned_steps": trainer.total, "stopped_by_signal": signal,
+        "stopped_early": trainer.ended_early(),
         "loss": {"first": trainer.losses[0][1], "last": trainer.losses[-1][1]} if trainer.losses else None,
         "held_out": _held_out(trainer), "memorising": sentence, "exactness": trainer.exactness,
         "float_sums": trainer.float_sums, **update.as_dict(), **_totals(trainer),
         "peak_memory_bytes": memory_in_use(trainer.device), "device": str(trainer.device),
-        "versions": rundir.versions(), "data": {"format": trainer.data.format, **trainer.data.counts},
+        "versions": rundir.versions(), "data": {"format": trainer.data.format, "shape": trainer.data.shape, "files": trainer.data.files,
+                 **trainer.data.counts},
     }
     atomic_write_text(trainer.folder / rundir.REPORT, json.dumps(report, indent=2, allow_nan=False) + "\n")
     say = trainer.console.print
@@ -73,11 +86,18 @@ def finish(trainer: Trainer, signal: int | None) -> TrainResult:
         highlight=False)
     say(f"files: {trainer.folder}/ ({', '.join(rundir.ADAPTER_FILES)}, {rundir.REPORT}, {rundir.LOG}, "
         f"{rundir.PICTURE}, {rundir.RUN}, {rundir.CHECKPOINTS}/)", highlight=False, markup=False)
-    if trainer.done < trainer.total:
+    best = best_point(trainer.held_out)
+    if best and 0 < best[0] < trainer.done:
+        say(f"lowest held-out loss: {best[1]:.4f} after step {best[0]}; that adapter is in "
+            f"{trainer.folder / rundir.BEST}/", highlight=False, markup=False)
+    if trainer.ended_early():
+        say(f"ended early after step {trainer.done} of {trainer.total}: {trainer.config.early_stopping_patience} "
+            "evaluations brought no lower held-out loss", highlight=False, markup=False)
+    elif trainer.done < trainer.total:
         say(f"stopped after step {trainer.done} of {trainer.total}, everything is saved; go on with: "
             f"{rundir.how_to_go_on(trainer.config)}", highlight=False, markup=False)
     return TrainResult(trainer.done, trainer.total, signal, update.digest_after, report, trainer.losses,
-                       trainer.held_out, trainer.before, trainer.after, trainer.records)
+                       trainer.held_out, trainer.before, trainer.after, trainer.folder)
 
 
 def _held_out(trainer: Trainer) -> dict | None:
@@ -104,4 +124,4 @@ def _totals(trainer: Trainer) -> dict:
     names = ("tokens", "padded_tokens", "supervised_tokens", "seconds")
     sums = {name: sum(record[name] for record in trainer.records) for name in names}
     return {**sums, "fill": sums["tokens"] / sums["padded_tokens"] if sums["padded_tokens"] else None,
-            "fill_of_the_data": packing.fill_ratio(map(len, trainer.rows), trainer.alignment)}
+            "fill_of_the_data": packing.fill_ratio(token_rows.lengths(trainer.rows), trainer.alignment)}

@@ -196,6 +196,8 @@ def load(config: TrainConfig, say: Callable[[str], object] = lambda line: None) 
         say(note)
     files = {"gguf_file": config.gguf_file, "trust_remote_code": config.trust_remote_code}
     dtype = choose_dtype(config.dtype, device)
+    if config.dtype == "auto" and dtype == torch.float16:
+        say("dtype: float16, because this GPU has no bf16 arithmetic; a gradient_scale of 2**10 or so keeps small gradients")
     tokenizer = load_tokenizer(config.model, **files)
     return load_model(config.model, dtype=dtype, device=device, **files), tokenizer
 

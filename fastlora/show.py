@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from fastlora.data import IGNORED, Row, RowSet, read_rows
 from fastlora.errors import InputError
+from fastlora.shapes import NAMES
 
 SUPERVISED, CONTEXT = "bold green", "dim"
 
@@ -42,7 +45,7 @@ def show_rows(
     count: int = 1,
     console: Console | None = None,
 ) -> RowSet:
-    """Print rows of a JSONL file with their supervised tokens coloured, and what is wrong with the
+    """Print rows of data files with their supervised tokens coloured, and what is wrong with the
     file.
 
     Nothing is refused for a bad row: looking is what the command is for. Where the console has no
@@ -50,7 +53,7 @@ def show_rows(
     below each row says which tokens are supervised.
 
     Args:
-        path: the file. tokenizer: the model's.
+        path: a file, a folder or a glob of them. tokenizer: the model's.
         max_length: rows over it are named and not shown.
         lines: line numbers to show, counted from 1; None shows the first ``count`` usable rows.
         count: see ``lines``; at least 1.
@@ -66,8 +69,11 @@ def show_rows(
     if count < 1:
         raise InputError(f"count is {count}; it must be at least 1")
     console = console or Console(highlight=False, soft_wrap=True)
-    found = read_rows(path, tokenizer, max_length=max_length, on_bad_row="skip", on_long_row="skip")
-    for row in _choose(found, lines, count):
+    with tempfile.TemporaryDirectory() as place:
+        found = read_rows(path, tokenizer, max_length=max_length, on_bad_row="skip", on_long_row="skip", cache=place)
+        chosen = _choose(found, lines, count)
+    console.print(f"rows are taken as: {NAMES[found.shape]}", markup=False)
+    for row in chosen:
         console.rule(
             f"line {row.line}: {len(row)} tokens, {row.supervised} supervised", align="left"
         )
@@ -80,6 +86,8 @@ def show_rows(
         console.print(
             f"{found.counts['without_end']} rows do not end in an end token", markup=False
         )
+    for note in found.notes:
+        console.print(note, markup=False)
     for problem in found.problems:
         console.print(f"line {problem.line}: {problem.message}", markup=False)
     return found
@@ -88,15 +96,17 @@ def show_rows(
 def _choose(found: RowSet, lines: Sequence[int] | None, count: int) -> list[Row]:
     if lines is None:
         return found.rows[:count]
-    rows = {row.line: row for row in found.rows}
     problems = {problem.line: problem.message for problem in found.problems}
+    chosen: list[Row] = []
     for line in lines:
-        if line not in rows:
+        places = np.flatnonzero(found.rows.index["number"] == line)  # one in each file that has such a line
+        if not len(places):
             why = problems.get(
                 line, f"it is blank, or past the file's {found.counts['lines']} lines"
             )
             raise InputError(f"line is {line}, which is no usable row: {why}")
-    return [rows[line] for line in lines]
+        chosen += [found.rows[int(place)] for place in places]
+    return chosen
 
 
 def _ranges(row: Row) -> str:

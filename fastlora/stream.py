@@ -44,21 +44,21 @@ def splitmix64(value: int) -> int:
     return z ^ (z >> 31)
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
     """The int64 with the same 64 bits as the unsigned ``value``."""
     return value - (1 << 64) if value >> 63 else value
 
 
-def _splitmix64(value: torch.Tensor) -> torch.Tensor:
+def splitmix64_words(value: torch.Tensor) -> torch.Tensor:
     """:func:`splitmix64` on an int64 tensor that holds the bits of unsigned numbers."""
 
     def shifted(z: torch.Tensor, bits: int) -> torch.Tensor:
         # torch shifts int64 arithmetically; the mask drops the copies of the sign bit
         return (z >> bits) & ((1 << (64 - bits)) - 1)
 
-    z = value + _signed(_GOLDEN)
-    z = (z ^ shifted(z, 30)) * _signed(_MIX1)
-    z = (z ^ shifted(z, 27)) * _signed(_MIX2)
+    z = value + signed(_GOLDEN)
+    z = (z ^ shifted(z, 30)) * signed(_MIX1)
+    z = (z ^ shifted(z, 27)) * signed(_MIX2)
     return z ^ shifted(z, 31)
 
 
@@ -156,7 +156,7 @@ class Stream:
             starts = torch.tensor([start for start, _ in self.spans], dtype=torch.int64)
             positions = torch.arange(self.total) - starts.repeat_interleave(sizes)
             samples = torch.tensor(self.sample_ids, dtype=torch.int64).repeat_interleave(sizes)
-            keys = _splitmix64(_splitmix64(samples) + positions)
+            keys = splitmix64_words(splitmix64_words(samples) + positions)
             self._device_cache[name] = (positions.to(device), keys.to(device))
         return self._device_cache[name]
 

@@ -175,7 +175,8 @@ def _by_prefixes(
         before = tokenize(
             tokenizer, _render(tokenizer, messages[:turn], tools, add_generation_prompt=True)
         )
-        through = tokenize(tokenizer, _render(tokenizer, messages[: turn + 1], tools))
+        last = turn + 1 == len(messages)
+        through = ids if last else tokenize(tokenizer, _render(tokenizer, messages[: turn + 1], tools))
         if (
             ids[: len(before)] != before
             or ids[: len(through)] != through

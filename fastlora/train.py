@@ -12,26 +12,27 @@ import time
 from collections.abc import Sequence
 from math import fsum
 
-import torch
 from torch import nn
 
-from fastlora import blocks, checkpoint, guards, packing, rundir, stream
+from fastlora import blocks, checkpoint, guards, lock, packing, rundata, rundir, stream
 from fastlora.adapter import save_adapter
 from fastlora.config import LoraConfig
 from fastlora.coverage import coverage, coverage_lines
-from fastlora.data import Row, read_rows
+from fastlora.data import Row
 from fastlora.digest import adapter_tensors, digest, fingerprint_and_codes
+from fastlora.due import Due
 from fastlora.errors import InputError, TrainingError
-from fastlora.evaluate import Evaluation, evaluate
-from fastlora.exact import exact
+from fastlora.evaluate import Evaluation, best_point, evaluate, out_of_patience
+from fastlora.exact import discard, exact
+from fastlora.files import atomic_write_text
 from fastlora.inject import inject, injection
 from fastlora.interrupt import Interrupt
 from fastlora.invariant import make_invariant
 from fastlora.log import Progress, RunLog, TensorBoard, make_console, memory_in_use, require_tensorboard
-from fastlora.memory import cuts_within, first_limit, halved, is_out_of_memory
+from fastlora.memory import Budget
 from fastlora.optim import AdamW, StepReport
 from fastlora.report import snapshot
-from fastlora.runreport import TrainResult, draw, finish
+from fastlora.runreport import TrainResult, draw, finish, slim
 from fastlora.selfcheck import exactness_line
 from fastlora.setup import Objective, device_line, longest_row
 from fastlora.train_config import TrainConfig, learning_rates, total_steps
@@ -84,15 +85,19 @@ class Trainer:
             if self.config.tensorboard:
                 require_tensorboard()
             self.prepare(stack)
+            left = stack.enter_context(lock.held(self.config.folder))
+            if left:
+                self._say(left)
             self._resume()
             self._open(stack)
             with Interrupt() as stop, Progress(self.console, self.total, self.done) as self.progress:
                 if self.evaluation_rows and self.before is None:
                     self._evaluate()
                 last = self.total if stop_after is None else min(stop_after, self.total)
-                while self.done < last and stop.signal is None:
+                while self.done < last and stop.signal is None and not self.ended_early():
                     self._advance()
             self._save()
+            draw(self)
             result = finish(self, stop.signal)
         return result
 
@@ -101,24 +106,24 @@ class Trainer:
     def prepare(self, stack: contextlib.ExitStack) -> None:
         """Everything that can be refused but the output folder; what is undone when ``stack`` closes. Writes nothing."""
         config, model, say = self.config, self.model, self._say
-        limits = {"max_length": longest_row(model, config.max_length), "on_bad_row": config.on_bad_row,
-                  "on_long_row": config.on_long_row}
-        self.data = read_rows(config.data, self.tokenizer, **limits)
-        self.evaluation_data = config.eval_data and read_rows(config.eval_data, self.tokenizer, **limits)
+        guards.check_causal(model)
+        self.data, self.evaluation_data = rundata.read(
+            config, self.tokenizer, longest_row(model, config.max_length), self.console)
         self.rows: Sequence[Row] = self.data.rows
         self.evaluation_rows: Sequence[Row] = self.evaluation_data.rows if self.evaluation_data else ()
         guards.check_rows(self.data)
         guards.check_tokens(model, self.rows, self.evaluation_rows)
+        note = guards.vocabulary_note(model, self.tokenizer, self.rows, self.evaluation_rows)
         guards.check_update_size(model, config.learning_rate)
         self.total = total_steps(config, len(self.rows))
         self.rates = learning_rates(config, self.total)
-        self.limit = first_limit(config, self.device, [*self.rows, *self.evaluation_rows], self.alignment)
+        self.batches = packing.Batches(len(self.rows), config.batch_size, config.seed, config.shuffle)
+        self.due = Due(config, self.total)
+        self.budget = Budget(config, self.device, (self.rows, self.evaluation_rows), self.alignment, say)
         say(f"batch: {config.batch_size} sequences per optimiser step, {self.total} steps; cut into "
             f"micro-batches of at most {self.limit} padded tokens, which does not change the result")
-        fill = packing.fill_ratio(map(len, self.rows), self.alignment)
-        say(f"data: {self.data.summary()}; fill {fill:.2f} when padded to {self.alignment}")
-        if self.evaluation_data:
-            say(f"held out: {self.evaluation_data.summary()}")
+        for line in (*rundata.lines(self.data, self.evaluation_data, self.alignment), *filter(None, [note])):
+            say(line)
         coverage(model, strict=config.strict)
         for line in coverage_lines(model):
             say(f"coverage: {line}")
@@ -139,6 +144,7 @@ class Trainer:
             guards.check_reached(self.objective, first, self.alignment, self.device)
             not_exact = [*invariant.not_exact, *self.objective.not_exact()]
             self.exactness = exactness_line(self, first, ids, not_exact)
+        self.budget.auto = self.budget.auto and not (not_exact or self.float_sums)
         say(self.exactness)
         self.start = snapshot(model)
         self.optimizer = AdamW(
@@ -162,6 +168,7 @@ class Trainer:
         checkpoint.restore(found, self.model, self.optimizer)
         self.done = found.step
         self.held_out = [tuple(point) for point in found.extra["held_out"]]
+        self.optimizer.restore_underflow_counts(found.extra.get("underflow", {}))
         if found.extra["before"]:
             self.before = Evaluation(*map(tuple, found.extra["before"]))
             self.after = Evaluation(*map(tuple, found.extra["after"]))
@@ -177,11 +184,11 @@ class Trainer:
         lora = injection(self.model).config.to_peft()
         rundir.write_run(self.folder, {
             "train": self.config.to_repeat(), "lora": lora,
-            "data": {"format": self.data.format, **self.data.counts},
+            "data": {"format": self.data.format, "shape": self.data.shape, **self.data.counts},
             "versions": rundir.versions(), "made_of": rundir.made_of(self.identity),
         })
         self.log = RunLog(self.folder / rundir.LOG)
-        self.records = self.log.keep(self.done)
+        self.records = [slim(record) for record in self.log.keep(self.done)]
         self.losses = [(record["step"], record["loss"]) for record in self.records]
         self.board = TensorBoard(self.folder / rundir.BOARD) if self.config.tensorboard else None
         if self.board:
@@ -190,12 +197,8 @@ class Trainer:
     # One step ------------------------------------------------------------------------------------------
 
     def batch_of(self, step: int) -> list[Row]:
-        """The rows of a step's global batch, counted from 1: epochs one after the other, the last batch of
-        each shorter if the rows do not divide."""
-        size, n = self.config.batch_size, len(self.rows)
-        epoch, place = divmod(step - 1, -(-n // size))
-        order = packing.epoch_order(n, self.config.seed, epoch, self.config.shuffle)
-        return [self.rows[i] for i in order[place * size : (place + 1) * size]]
+        """The rows of a step's global batch, counted from 1 (see :class:`packing.Batches`)."""
+        return [self.rows[i] for i in self.batches.of(step)]
 
     def sums(self, rows: Sequence[Row], ids: Sequence[int], cuts: list[list[int]], step: int,
              ) -> tuple[list[float], list[dict]]:
@@ -219,7 +222,7 @@ class Trainer:
                 for index, value in zip(cut, values, strict=True):
                     losses[index] = value
         return losses, [
-            {"sample_ids": [f"{i:016x}" for i in batch.stream.sample_ids], "lines": list(batch.lines),
+            {"sample_ids": [f"{i:016x}" for i in batch.stream.sample_ids], **batch.places(),
              "tokens": sum(batch.stream.lengths), "padded_tokens": batch.stream.total,
              "supervised_tokens": batch.supervised} for _, batch, _ in ran
         ]
@@ -239,6 +242,7 @@ class Trainer:
             losses, micro_batches = self.in_memory(rows, lambda cuts: self.sums(rows, ids, cuts, step))
             update = self._update(rows, step)
         self.done = step
+        self.budget.grow(rows)
         return losses, micro_batches, update
 
     def _advance(self) -> None:
@@ -258,7 +262,7 @@ class Trainer:
         self.losses.append((step, loss))
         seconds = time.perf_counter() - started
         record = {
-            "step": step, "epoch": (step - 1) // -(-len(self.rows) // config.batch_size) + 1, "loss": loss,
+            "step": step, "epoch": self.batches.epoch(step), "loss": loss,
             "learning_rate": self.rates[step - 1], "grad_norm": update.grad_norm, "clipped": update.clipped,
             "supervised_tokens": supervised, "tokens": tokens, "padded_tokens": padded,
             "tokens_per_second": tokens / seconds, "seconds": seconds, "micro_batches": micro_batches,
@@ -266,19 +270,20 @@ class Trainer:
         record["fingerprint"], record["codes"] = fingerprint_and_codes(adapter_tensors(self.model))
         memory = memory_in_use(self.device)
         self.progress.step(step, loss, self.rates[step - 1], tokens, padded, memory)
-        every = config.eval_every or max(1, self.total // 4)
-        if self.evaluation_rows and (step % every == 0 or step == self.total):
+        due = self.due.checkpoint(step)
+        if self.evaluation_rows and self.due.evaluation(step):
             self._evaluate()
             record["eval_loss"] = self.held_out[-1][1]
-        due = config.checkpoint_every and step % config.checkpoint_every == 0 and step < self.total
+            due = due or (best_point(self.held_out)[0] == step < self.total)
         if due or (config.digest_every and step % config.digest_every == 0) or step == self.total:
             record["digest"] = digest(self.model)
         self.log.append(record)
-        self.records.append(record)
+        self.records.append(slim(record))
         if self.board:
             self.board.step(record)
         if due:
             self._save()
+        self.due.picture(lambda: draw(self))
 
     def _update(self, rows: Sequence[Row], step: int) -> StepReport:
         try:
@@ -290,27 +295,18 @@ class Trainer:
         finally:
             self.optimizer.zero_grad(set_to_none=True)
 
-    def in_memory(self, rows: Sequence[Row], run):
-        """``run(cuts)``, with the micro-batches halved and everything repeated as often as memory runs out.
+    @property
+    def limit(self) -> int:
+        """Most padded tokens of a micro-batch."""
+        return self.budget.limit
 
-        The sums of an unfinished step are zeroed when it ends by an error, so the bytes are those of a run
-        that never ran out.
-        """
-        while True:
-            cuts = cuts_within(rows, self.limit, self.alignment)
-            try:
-                return run(cuts)
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                shortage = str(error).splitlines()[0]
-            # Outside the except block: the error held every activation of the failed step.
-            self.optimizer.zero_grad(set_to_none=True)
-            self.limit = halved(rows, cuts, self.alignment, shortage)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            self._say(f"out of memory at step {self.done + 1}: repeating it with micro-batches of at most "
-                      f"{self.limit} padded tokens; the result is the same")
+    def in_memory(self, rows: Sequence[Row], run):
+        """``run(cuts)``, repeated with smaller micro-batches as often as memory runs out (see :class:`Budget`)."""
+        def clear() -> None:  # before there is an optimiser, too
+            discard(self.model)
+            self.model.zero_grad(set_to_none=True)
+
+        return self.budget.run(rows, run, clear, f"at step {self.done + 1}")
 
     # Between steps -------------------------------------------------------------------------------------
 
@@ -322,19 +318,29 @@ class Trainer:
         self.progress.restart_clock()
         self._say(f"held-out loss after step {self.done}: {found.loss:.4f} ± {found.standard_error:.4f}")
 
+    def ended_early(self) -> bool:
+        """Whether held-out loss has had no new low for as long as ``early_stopping_patience`` allows."""
+        return out_of_patience(self.held_out, self.config.early_stopping_patience)
+
     def _save(self) -> None:
-        """Checkpoint, adapter and picture as they are now."""
+        """Checkpoint and adapter as they are now."""
         plain = {name: value and [list(value.losses), list(value.tokens)]
                  for name, value in (("before", self.before), ("after", self.after))}
-        extra = {"held_out": self.held_out, **plain, "versions": rundir.versions()}
+        extra = {"held_out": self.held_out, **plain, "versions": rundir.versions(),
+                 "underflow": self.optimizer.underflow_counts()}
+        best = best_point(self.held_out)
         checkpoint.save(self.checkpoints, self.done, self.model, self.optimizer, self.identity, extra,
-                        self.config.keep_checkpoints)
-        try:
-            save_adapter(self.model, self.folder, self.config.save_dtype)
-        except OSError as error:
-            raise TrainingError(f"{self.folder}: the adapter could not be written ({error}); the old file is "
-                                "whole") from error
-        draw(self)
+                        self.config.keep_checkpoints, best and best[0])
+        folders = [self.folder, self.folder / rundir.BEST] if best and best[0] == self.done else [self.folder]
+        for folder in folders:
+            try:
+                save_adapter(self.model, folder, self.config.save_dtype)
+            except OSError as error:
+                raise TrainingError(f"{folder}: the adapter could not be written ({error}); the old file is "
+                                    "whole") from error
+        if len(folders) > 1:  # what `fastlora generate` reads the format from
+            atomic_write_text(folders[1] / rundir.RUN, (self.folder / rundir.RUN).read_text(encoding="utf-8"))
+        self.due.saved()
 
     def one_thread(self):
         """Around whatever must not depend on the number of CPU threads."""

@@ -26,7 +26,8 @@ class TrainConfig:
     """The settings of one run (LoRA's own stand in :class:`fastlora.LoraConfig`).
 
     Attributes:
-        data: JSONL file to train on. ``eval_data``: JSONL file never trained on, or None.
+        data: JSONL, JSON or Parquet file to train on, a folder or a glob of them. ``eval_data``: the same, never trained
+            on, or None. ``token_cache``: folder for the tokens of large data; None: ``fastlora-tokens`` beside ``output``.
         output: folder for the adapter, the log, the report and the checkpoints.
         model: folder of the base model (or a hub name); None when a model object is given to the Trainer.
         gguf_file: name of the GGUF file inside the model's folder, if the weights are stored so.
@@ -51,6 +52,9 @@ class TrainConfig:
         resume: go on from the last checkpoint in ``output``. ``overwrite``: replace the run there.
         checkpoint_every: steps between checkpoints (0: only at the end), of which the newest
             ``keep_checkpoints`` stay.
+        checkpoint_minutes: minutes between checkpoints, beside ``checkpoint_every``; 0: by steps alone. The checkpoint with
+            the lowest held-out loss stays too.
+        early_stopping_patience: held-out evaluations without a new lowest loss after which the run ends; 0: never.
         eval_every: steps between held-out evaluations; 0 means about four times in a run.
         digest_every: steps between full MD5 digests in the log; 0 means at checkpoints only.
         save_dtype: dtype of the adapter file; float32 keeps the masters.
@@ -66,6 +70,7 @@ class TrainConfig:
     model: str | None = None
     gguf_file: str | None = None
     eval_data: str | None = None
+    token_cache: str | None = None
     batch_size: int | None = None
     micro_batch_size: int | None = None
     gradient_accumulation_steps: int | None = None
@@ -92,7 +97,9 @@ class TrainConfig:
     resume: bool = False
     overwrite: bool = False
     checkpoint_every: int = 50
+    checkpoint_minutes: float = 0.0
     keep_checkpoints: int = 2
+    early_stopping_patience: int = 0
     eval_every: int = 0
     digest_every: int = 0
     save_dtype: str = "float32"
@@ -102,7 +109,7 @@ class TrainConfig:
     activation_checkpointing: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("data", "output", "model", "gguf_file", "eval_data"):
+        for name in ("data", "output", "model", "gguf_file", "eval_data", "token_cache"):
             self._path(name)
         self._resolve_batch()
         if self.micro_batch_tokens != "auto":
@@ -112,7 +119,7 @@ class TrainConfig:
                 self._integer(name, low)
         for name, low in (
             ("seed", 0), ("checkpoint_every", 0), ("keep_checkpoints", 1), ("eval_every", 0),
-            ("digest_every", 0), ("activation_checkpointing", 0),
+            ("digest_every", 0), ("early_stopping_patience", 0), ("activation_checkpointing", 0),
         ):
             self._integer(name, low)
         if self.seed >= 2**63:
@@ -129,6 +136,9 @@ class TrainConfig:
         self._number("loraplus_lr_ratio", "above 0", lambda v: v > 0)
         self._number("label_smoothing", "from 0 to below 1", lambda v: 0 <= v < 1)
         self._number("z_loss", "0 or more", lambda v: v >= 0)
+        self._number("checkpoint_minutes", "0 (off) or more", lambda v: v >= 0)
+        if self.early_stopping_patience and not self.eval_data:
+            raise InputError(f"early_stopping_patience = {self.early_stopping_patience}: needs eval_data to judge by")
         if self.max_grad_norm is not None:
             self._number("max_grad_norm", "0 (off) or more", lambda v: v >= 0)
         self._number(

@@ -167,8 +167,9 @@ def test_read_rows_refuses_a_file_without_a_usable_row(tmp_path):
         data.read_rows(write(tmp_path, b"{"), tokenizer, on_bad_row="skip")
     with pytest.raises(InputError, match="cannot be read"):
         data.read_rows(tmp_path / "absent.jsonl", tokenizer)
-    with pytest.raises(InputError, match="cannot be read"):
-        data.read_rows(tmp_path, tokenizer)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputError, match="cannot be read: the folder holds no .jsonl"):
+        data.read_rows(tmp_path / "none", tokenizer)
     with pytest.raises(InputError, match="UTF-16"):
         data.read_rows(write(tmp_path, json.dumps(PAIR).encode("utf-16")), tokenizer)
 

@@ -57,11 +57,15 @@ def test_progress_bar_on_a_terminal():
     assert "loss 2.2500" in out.getvalue()
 
 
-def test_loss_curve_is_a_png(tmp_path):
-    training = [(s, 3 / s) for s in range(1, 30)]
-    plot.loss_curve(tmp_path / "loss.png", training, [(0, 3.0, 0.1), (29, 2.0, 0.1)])
-    plot.loss_curve(tmp_path / "one.png", [(1, 3.0)])
-    plot.loss_curve(tmp_path / "none.png", [])
+def test_run_curves_are_a_png(tmp_path, monkeypatch):
+    records = [{"step": s, "loss": 3 / s, "learning_rate": 1e-4, "grad_norm": 1.0, "tokens_per_second": 9.0} for s in range(1, 30)]
+    plot.run_curves(tmp_path / "loss.png", records, [(0, 3.0, 0.1), (29, 2.0, 0.1)])
+    plot.run_curves(tmp_path / "one.png", records[:1])
+    plot.run_curves(tmp_path / "none.png", [])
+    whole = (tmp_path / "loss.png").read_bytes()
+    monkeypatch.setattr(plot, "MOST_POINTS", 5)  # a long run is thinned
+    plot.run_curves(tmp_path / "loss.png", records, [(0, 3.0, 0.1), (29, 2.0, 0.1)])
+    assert (tmp_path / "loss.png").read_bytes() != whole
     for name in ("loss.png", "one.png", "none.png"):
         assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 

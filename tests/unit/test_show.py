@@ -43,7 +43,7 @@ def test_render_colours_supervised_tokens_alone(path):
 
 def test_show_rows_prints_rows_and_problems(path):
     out = printed(path)
-    assert "line 1: " in out
+    assert "line 1: " in out and "rows are taken as: messages" in out
     assert "wörld 世<|stop|>" in out
     assert "supervised tokens (counted from 0): " in out
     assert "2 rows (messages)" in out
@@ -64,3 +64,14 @@ def test_show_rows_prints_rows_and_problems(path):
 def test_show_rows_refuses_lines_that_are_no_rows(path, options, message):
     with pytest.raises(InputError, match=message):
         printed(path, **options)
+
+
+def test_show_rows_of_a_folder_name_the_file(tmp_path):
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"conversations": [
+            {"from": "human", "value": "one"}, {"from": "gpt", "value": f"two {name}"}]}) + "\n")
+    (tmp_path / "c.txt").write_text("x")
+    out = printed(tmp_path, lines=[1])
+    assert "line 1 of a.jsonl: " in out and "line 1 of b.jsonl: " in out
+    assert "rows are taken as: conversations with from and value, ShareGPT" in out and "2 rows" in out and "of 2 files" in out
+    assert "1 other files" in out and "written to" not in out
