@@ -38,8 +38,8 @@ def _apart(one: torch.Tensor, two: torch.Tensor, *bounds: Bounded | torch.Tensor
     """Their largest distance as a share of the summed radii; elements with an infinite radius are left out."""
     allowed = sum(b.radius if isinstance(b, Bounded) else b for b in bounds)
     error = (_cpu(one).double() - _cpu(two).double()).abs()
-    # tolerance-rule: float64's own rounding: of the radii, sums of up to 2^13 terms (2^-40 of themselves), and of adding
-    # and scaling results.
+    # tolerance-rule: float64's own rounding: of the radii, sums of up to 2^13 terms (2^-40 of themselves), and of
+    # adding and scaling results.
     eps, sizes = torch.finfo(torch.float64).eps, _cpu(one).double().abs() + _cpu(two).double().abs()
     allowed = allowed * (1 + 2.0**13 * eps) + 4 * eps * sizes
     share = torch.where(error == 0, torch.zeros_like(error), error / allowed)

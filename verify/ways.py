@@ -1,13 +1,14 @@
 """The wrong ways in which real trainers divided their gradients, told apart by name.
 
 With g_i the gradient of the sum of losses of sequence i, n_i its supervised tokens and N their sum, the gradient of the
-mean over supervised tokens is G = sum g_i / N. Each wrong way below gives another combination of the same g_i, so whoever
-knows them can say which one a trainer's gradient is. They come from a plain model (transformers, a LoRA product at
+mean over supervised tokens is G = sum g_i / N. Each wrong way below gives another combination of the same g_i, so
+whoever knows them can say which one a trainer's gradient is. They come from a plain model (transformers, a LoRA product at
 every linear, autograd, nothing of the subject), one sequence at a time, with the A that the subject drew.
 
 How far a right gradient may be from G: the smallest thing there is to miscount is one token, which moves it by
-1 / (N + 1); half of that parts right from wrong. Reports of such ways: huggingface/trl#2175 and
-axolotl-ai-cloud/axolotl#2262 (mean of means), unslothai/unsloth-zoo#1023 (divided by accumulation once more).
+1 / (N + 1); half of that parts right from wrong. Reports of such ways: huggingface/transformers#34191,
+huggingface/trl#2175 (mean of means), huggingface/transformers#37474 (twice across processes), modelscope/ms-swift#10084
+(short last micro-batch), unslothai/unsloth-zoo#1023 (by accumulation once more).
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from verify.subject import Refusal, Refused, Subject
 NAME = "guards"
 STATEMENT = (
     "Every input that must be refused is, with a message that names it, and its good neighbour is not; with every "
-    "tensor in a page of NaN, inputs and new buffers alike, results have the bits they have without, and no page is touched."
+    "tensor in a page of NaN, inputs and new buffers alike, results have the bits they have without, and no page is "
+    "touched."
 )
 
 Named = dict[str, torch.Tensor]

@@ -28,8 +28,8 @@ from verify.subject import Subject
 NAME = "parity"
 STATEMENT = (
     "An adapter that the subject writes has in PEFT the same bits, names and scales, and gives logits within their "
-    "rounding bound, with rsLoRA and patterns of ranks and alphas; so has one of PEFT's in the subject; merged, each weight is "
-    "W + s B A within its bound, unmerged it has its bytes again, and transformers gives the adapter's logits from the "
+    "rounding bound, with rsLoRA and patterns of ranks and alphas; so has one of PEFT's in the subject; merged, each weight "
+    "is W + s B A within its bound, unmerged it has its bytes again, and transformers gives the adapter's logits from the "
     "saved merged model."
 )
 
