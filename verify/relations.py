@@ -146,6 +146,10 @@ def _permuted(inputs, mode, own, call) -> Iterator[Found]:
 def _rescaled(inputs, mode, own, call) -> Iterator[Found]:
     """S is 8 times itself and B an 8th: every product is the same number, and dB 8 times itself."""
     (result, bound), by = own, 8.0
+    dtype = inputs.x.dtype
+    if not _same((inputs.b / by).to(dtype) * by, inputs.b.to(dtype)):
+        # B, read in the working dtype, is another number: an 8th of an element is subnormal in fp16.
+        return
     other, wide = call(alpha=inputs.alpha * by, b=inputs.b / by)
     inside = _keeps_bits(inputs) and all(_normal(getattr(result, name), by) for name in NAMES)
     for name in NAMES:
