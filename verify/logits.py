@@ -20,8 +20,8 @@ textbook ones (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., 
                                       twice that, relatively; then T products with values: in all
                                       (2 * scores + gamma_(T + 12)) * max |v|
 
-A merged layer is inside too: W + s B A in fp32 is off by gamma_(r + 3) (|W| + s |B| |A|) at most, and its product with x
-by gamma_K of the same terms.
+A merged layer is inside too: W + s B A in fp32 is off by gamma_(r + 3) (|W| + s |B| |A|) at most, and its product with
+x by gamma_K of the same terms.
 
 Two implementations may err in opposite directions, so their distance is at most twice this; the
 second-order terms are smaller than the first by a factor of about 1e-5 here, which the rounding up

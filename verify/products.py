@@ -1,7 +1,7 @@
 """Which of torch's own products (cuBLAS on a GPU, MKL or oneDNN on a CPU) a call makes.
 
-Nobody promises that their bits do not depend on the number of rows: where an operation calls one, that it does not has to be
-seen, and the report says where.
+Nobody promises that their bits do not depend on the number of rows: where an operation calls one, that they do not has
+to be seen, and the report says where.
 """
 
 from __future__ import annotations
@@ -10,7 +10,20 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Names of aten's operators that end in a matrix product, an attention or a convolution of a library.
-_WORDS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "addr", "dot", "matmul", "linear", "convolution", "scaled_dot_product")
+_WORDS = (
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "mv",
+    "addmv",
+    "addr",
+    "dot",
+    "matmul",
+    "linear",
+    "convolution",
+    "scaled_dot_product",
+)
 
 
 class Products(TorchDispatchMode):

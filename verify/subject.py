@@ -69,11 +69,15 @@ class LinearResult:
 class LinearPart(Protocol):
     """A LoRA linear with its backward.
 
-    Optional attributes: ``cases_a_shape`` (default 1), how many cases in a row have the same K, N, r and dtype, for
-    kernels that are compiled for each; ``most_products`` (default: any), the largest M x K x N of claims that call a case
-    many times, for kernels that are simulated; ``operators(inputs)``, which yields (registered torch operator, arguments)
-    of one call, for torch's opcheck; ``world(ranks, mode)``, like ``accumulate`` with a list of micro-batches for each process
-    and the gradients summed as an all-reduce would.
+    Optional attributes:
+
+    - ``cases_a_shape`` (default 1): how many cases in a row have the same K, N, r and dtype, for kernels that are
+      compiled for each;
+    - ``most_products`` (default: any): the largest M x K x N of claims that call a case many times, for kernels that
+      are simulated;
+    - ``operators(inputs)``: yields (registered torch operator, arguments) of one call, for torch's opcheck;
+    - ``world(ranks, mode)``: like ``accumulate`` with a list of micro-batches for each process, and the gradients
+      summed as an all-reduce would.
     """
 
     modes: tuple[str, ...]

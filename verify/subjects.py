@@ -117,7 +117,7 @@ class FastloraLinear:
         return LinearResult(y.detach(), dx, da, db, keep)
 
     def operators(self, inputs: LinearInputs) -> Iterator[tuple]:
-        """The registered forward and backward with the arguments of one call; while one is out, this backend is in use."""
+        """The registered forward and backward with the arguments of one call, with this backend in use meanwhile."""
         x, weight = inputs.x.detach().clone().requires_grad_(), inputs.weight
         a, b = (t.detach().clone().requires_grad_() for t in (inputs.a, inputs.b))
         tokens = inputs.tokens if inputs.dropout else None

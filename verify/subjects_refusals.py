@@ -71,9 +71,13 @@ def _linear(device: str) -> Iterator[Refusal]:
         "lora_linear(rank 257)", ("a", "257", "256"),
         lambda: fastlora.lora_linear(**dict(good, a=made(257, 8), b=made(6, 257))), lambda: fastlora.lora_linear(**big),
     )  # fmt: skip
-    yield Refusal("lora_linear(rank 0)", ("a", "rank 0"), lambda: fastlora.lora_linear(**dict(good, a=made(0, 8), b=made(6, 0))))
+    yield Refusal(
+        "lora_linear(rank 0)", ("a", "rank 0"), lambda: fastlora.lora_linear(**dict(good, a=made(0, 8), b=made(6, 0)))
+    )
     short = fastlora.DropoutKey(3, torch.arange(4, device=device))
-    yield Refusal("lora_linear(key of 4 tokens for 5 rows)", ("key",), lambda: fastlora.lora_linear(**dict(good, key=short)))
+    yield Refusal(
+        "lora_linear(key of 4 tokens for 5 rows)", ("key",), lambda: fastlora.lora_linear(**dict(good, key=short))
+    )
 
 
 def _operations(device: str) -> Iterator[Refusal]:
@@ -177,12 +181,25 @@ def _training(device: str) -> Iterator[Refusal]:
     yield from _each(optimizer, dict(lr=1e-3), bad, "AdamW")
     yield Refusal("AdamW(model without trainable parameters)", ("model",),
                   lambda: fastlora.AdamW(nn.Linear(3, 3).requires_grad_(False)))  # fmt: skip
-    yield Refusal("inject twice", ("model", "eject"), lambda: fastlora.inject(_net(), fastlora.LoraConfig(target_modules=["proj"])))
+    yield Refusal(
+        "inject twice",
+        ("model", "eject"),
+        lambda: fastlora.inject(_net(), fastlora.LoraConfig(target_modules=["proj"])),
+    )
     yield Refusal("inject(config = {})", ("config",), lambda: fastlora.inject(nn.Linear(3, 3), {}))
     missing = fastlora.LoraConfig(target_modules=["nowhere"])
-    yield Refusal("inject(targets that match nothing)", ("nowhere",), lambda: fastlora.inject(nn.ModuleDict({"p": nn.Linear(3, 3)}), missing))
+    yield Refusal(
+        "inject(targets that match nothing)",
+        ("nowhere",),
+        lambda: fastlora.inject(nn.ModuleDict({"p": nn.Linear(3, 3)}), missing),
+    )
     yield Refusal("merge of a model without adapters", ("model",), lambda: fastlora.merge(nn.Linear(3, 3)))
-    yield Refusal("unmerge of a model that is not merged", ("unmerge",), lambda: fastlora.unmerge(_net()), lambda: fastlora.unmerge(fastlora.merge(_net())))
+    yield Refusal(
+        "unmerge of a model that is not merged",
+        ("unmerge",),
+        lambda: fastlora.unmerge(_net()),
+        lambda: fastlora.unmerge(fastlora.merge(_net())),
+    )
     yield Refusal("merge twice", ("proj", "merged"), lambda: fastlora.merge(fastlora.merge(_net())))
 
     def steps(tokens) -> None:
@@ -192,7 +209,12 @@ def _training(device: str) -> Iterator[Refusal]:
             net["proj"](torch.ones(2, 8, device=device)).sum().backward()
         made.step(supervised_tokens=tokens)
 
-    yield from _each(steps, dict(tokens=3), [("supervised_tokens", "tokens", v) for v in (None, 0, -1, NAN)], "AdamW.step after exact")
+    yield from _each(
+        steps,
+        dict(tokens=3),
+        [("supervised_tokens", "tokens", v) for v in (None, 0, -1, NAN)],
+        "AdamW.step after exact",
+    )
 
     def torch_optimizer() -> None:
         net = _net(device)
@@ -235,7 +257,11 @@ def _files() -> Iterator[Refusal]:
     for told, words, change in (
         ("without its weights", (weights,), lambda folder: (folder / weights).unlink()),
         ("without its configuration", (config,), lambda folder: (folder / config).unlink()),
-        ("with cut weights", (weights,), lambda folder: (folder / weights).write_bytes((folder / weights).read_bytes()[:-9])),
+        (
+            "with cut weights",
+            (weights,),
+            lambda folder: (folder / weights).write_bytes((folder / weights).read_bytes()[:-9]),
+        ),
         ("with a configuration that is no JSON", (config,), lambda folder: (folder / config).write_text("{")),
         ("of another rank than its tensors", ("lora_A",), edit('"r": 2', '"r": 3')),
         ("with DoRA", ("use_dora",), edit('"use_dora": false', '"use_dora": true')),

@@ -88,9 +88,7 @@ class FastloraTrainer:
             optimizer.zero_grad()
             steps.append(tuple(ran[ran_before:]))
             after.append(_copy(trained))
-        result = TrainResult(
-            before, after, gradients, tuple(steps), (frozen_before, md5_of_tensors(frozen))
-        )
+        result = TrainResult(before, after, gradients, tuple(steps), (frozen_before, md5_of_tensors(frozen)))
         invariant.undo()
         return result
 
@@ -117,9 +115,7 @@ class FastloraTrainer:
                 device=self.device,
                 dtype="float32",
             )
-            trainer = fastlora.Trainer(
-                model, tokenizer(), config, lora, console=Console(quiet=True)
-            )
+            trainer = fastlora.Trainer(model, tokenizer(), config, lora, console=Console(quiet=True))
             before = _copy({n: p for n, p in model.named_parameters() if p.requires_grad})
             trainer.train()
             lines = (output / "log.jsonl").read_text(encoding="utf-8").splitlines()
@@ -159,8 +155,8 @@ class FastloraTrainer:
 
 
 def _rows(case: TrainCase, step: int) -> list:
-    """The step's rows with their end token, built without text; the prompt is not supervised, nor is a masked row (which
-    the library's reader would refuse)."""
+    """The step's rows with their end token, built without text; the prompt is not supervised, nor is a masked row
+    (which the library's reader would refuse)."""
     rows = []
     for index, ids in enumerate(token_rows(case, step)):
         row = make_row([*ids, END], [i >= case.prompt for i in range(len(ids) + 1)], index + 1, "text")

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import torch
 
-# How the values are made. ``lora_alone`` and ``grid`` judge the LoRA part alone; ``zeros``, ``tiny`` and ``huge`` are the
-# ends of a dtype's range, as cases of their own.
-VALUES = ("normal", "normal", "normal", "heavy", "cancelling", "lora_alone", "lora_alone", "grid", "zeros", "tiny", "huge")
+# How the values are made. ``lora_alone`` and ``grid`` judge the LoRA part alone; ``zeros``, ``tiny`` and ``huge`` are
+# the ends of a dtype's range, as cases of their own.
+VALUES = (
+    "normal",
+    "normal",
+    "normal",
+    "heavy",
+    "cancelling",
+    "lora_alone",
+    "lora_alone",
+    "grid",
+    "zeros",
+    "tiny",
+    "huge",
+)
 
 # What x and dy are multiplied by in ``tiny`` and ``huge``. Tiny: elements of x and dy are subnormal, or become so in a
 # product with the scale. Huge: single results come near the largest number, and some partial sums pass it: what must
@@ -26,9 +38,7 @@ def draw(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> torch
         return torch.where(zero, torch.zeros_like(normal).copysign(normal), normal)
     if kind != "heavy":
         return normal
-    chi = (
-        sum(torch.randn(shape, generator=generator, dtype=torch.float64).square() for _ in range(3)) / 3
-    )
+    chi = sum(torch.randn(shape, generator=generator, dtype=torch.float64).square() for _ in range(3)) / 3
     return (normal / chi.sqrt()).clamp(-30, 30)
 
 
@@ -41,17 +51,13 @@ def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     """The same values with other strides: a slice of columns or rows, transposed, or stride 0."""
     rows, columns = tensor.shape
     if layout == "columns":
-        wide = torch.full(
-            (rows, columns + 3), float("nan"), dtype=tensor.dtype, device=tensor.device
-        )
+        wide = torch.full((rows, columns + 3), float("nan"), dtype=tensor.dtype, device=tensor.device)
         wide[:, 1 : columns + 1] = tensor
         return wide[:, 1 : columns + 1]
     if layout == "transposed":
         return tensor.t().contiguous().t()
     if layout == "rows":
-        tall = torch.full(
-            (rows * 2, columns), float("nan"), dtype=tensor.dtype, device=tensor.device
-        )
+        tall = torch.full((rows * 2, columns), float("nan"), dtype=tensor.dtype, device=tensor.device)
         tall[::2] = tensor
         return tall[::2]
     if layout == "expanded" and rows:

@@ -1,15 +1,14 @@
 """The wrong ways in which real trainers divided their gradients, told apart by name.
 
-With g_i the gradient of the sum of losses of sequence i, n_i its supervised tokens and N their sum, the gradient of the mean
-over supervised tokens is G = sum g_i / N. Each wrong way below gives another combination of the same g_i, so whoever
-knows them can say which one a trainer's gradient is. They come from a plain model (transformers, a LoRA product at every
-linear, autograd, nothing of the subject), one sequence at a time, with the A that the subject drew.
+With g_i the gradient of the sum of losses of sequence i, n_i its supervised tokens and N their sum, the gradient of the
+mean over supervised tokens is G = sum g_i / N. Each wrong way below gives another combination of the same g_i, so
+whoever knows them can say which one a trainer's gradient is. They come from a plain model (transformers, a LoRA product at
+every linear, autograd, nothing of the subject), one sequence at a time, with the A that the subject drew.
 
-How far a right gradient may be from G: the smallest thing there is to miscount is one token, which moves it by 1 / (N + 1);
-half of that parts right from wrong. Where these were seen: transformers before October 2024 (mean of means; huggingface/
-transformers#34191), TRL and others (padding and prompt tokens in the divisor), transformers' last, shorter accumulation of
-an epoch (huggingface/transformers#33898), DDP's mean over processes on top of a global divisor, unsloth-zoo#1023 (divided by
-accumulation once more).
+How far a right gradient may be from G: the smallest thing there is to miscount is one token, which moves it by
+1 / (N + 1); half of that parts right from wrong. Reports of such ways: huggingface/transformers#34191,
+huggingface/trl#2175 (mean of means), huggingface/transformers#37474 (twice across processes), modelscope/ms-swift#10084
+(short last micro-batch), unslothai/unsloth-zoo#1023 (by accumulation once more).
 """
 
 from __future__ import annotations
@@ -127,9 +126,11 @@ def ways(s: Sequences, cut: Cut) -> Iterator[tuple[str, torch.Tensor]]:
         yield name + "left out", of(tuple(kept)) / n[kept].sum().clamp(min=1)
     if parts > 1 and len(cut[-1]) < first:
         yield "short last micro-batch: divided as if it were full", everything / total * len(n) / (parts * first)
-        yield "short last micro-batch: divided as if it were full", sum(
-            (s.own[i] / n[i] for group in cut for i in group if n[i] > 0), start=torch.zeros_like(everything)
-        ) / (parts * first)
+        yield (
+            "short last micro-batch: divided as if it were full",
+            sum((s.own[i] / n[i] for group in cut for i in group if n[i] > 0), start=torch.zeros_like(everything))
+            / (parts * first),
+        )
     prompt = "prompt tokens counted: "
     yield prompt + "in the divisor", everything / s.predicted.sum()
     yield prompt + "in loss and divisor", s.whole.sum(0) / s.predicted.sum()
@@ -163,7 +164,9 @@ class Named:
         """What the gradients are."""
         off = f"{self.right:.3g} off the mean over supervised tokens (one miscounted token: {2 * self.allowed:.2g})"
         if self.way == RIGHT or self.distance > self.allowed:
-            return f"gradients are {off}; no known way gives them, the nearest is '{self.way}' ({self.distance:.2g} off)"
+            return (
+                f"gradients are {off}; no known way gives them, the nearest is '{self.way}' ({self.distance:.2g} off)"
+            )
         return f"{self.way} ({off}; {self.distance:.2g} off this way)"
 
 

@@ -52,7 +52,9 @@ def of_the_base(part, inputs, result):
 )
 def test_gradients_sees_a_wrong_backward(fault, name):
     told = gradients.run(planted(fault), Budget(cases=25, stop_at_failure=True), 1).failures
-    assert any(f"the slope of {name} along" in t or f"give {name} times 4" in t or f"{name} of dY1" in t for t in told), told
+    assert any(
+        f"the slope of {name} along" in t or f"give {name} times 4" in t or f"{name} of dY1" in t for t in told
+    ), told
 
 
 def test_gradients_hold_for_the_reference_and_its_operators():

@@ -1,4 +1,4 @@
-"""The claim ``guards``: reads and writes out of bounds, unwritten elements, inputs not refused, refused without a name."""
+"""The claim ``guards``: reads and writes out of bounds, unwritten elements, inputs not refused or not by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The claim ``parity``: adapters that both sides read alike pass; what is lost on the way to a file or a merge is seen."""
+"""The claim ``parity``: adapters that both sides read alike pass; what a file or a merge loses is seen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Relations between calls of a LoRA linear: they hold for right ones, exactly where they say so, and see faults of shape."""
+"""Relations between calls of a LoRA linear: they hold for right ones, and see faults of shape and scale."""
 
 from __future__ import annotations
 

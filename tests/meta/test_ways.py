@@ -1,4 +1,4 @@
-"""The wrong ways in which trainers divided gradients: each is told by its own name, and the right one is none of them."""
+"""The wrong ways in which trainers divided gradients: each is told by its name, and the right one is none."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from verify.subject import EXACT, LinearInputs, LinearResult, Refused, Subject
 NAME = "accuracy"
 STATEMENT = (
     "Every element of y, dx, dA and dB of the LoRA linear, in every mode, lies within the rounding "
-    "bound of its own operation graph around a float64 oracle; the LoRA part is judged alone too; and permuted tokens, a "
-    "moved scale, a rank split or padded and projections joined give what algebra says."
+    "bound of its own operation graph around a float64 oracle; the LoRA part is judged alone too; and permuted tokens, "
+    "a moved scale, a rank split or padded and projections joined give what algebra says."
 )
 
 # Outputs that must come in the working dtype; dA and dB are of the declared dtype of token sums.

@@ -2,8 +2,8 @@
 
 With L = sum of dy * y, the slope of L along a direction u is <dx, u>, and it is also (L(x + u) - L(x - u)) / 2, without
 error of truncation whatever the size of u, because y is affine in x, in A and in B, each by itself. L is the float64
-forward of the oracle; its hand-derived backward is not used. Directions: signs drawn at random, over all elements, over one
-row and over one column, and single elements, where nothing averages out.
+forward of the oracle; its hand-derived backward is not used. Directions: signs drawn at random, over all elements, over
+one row and over one column, and single elements, where nothing averages out.
 
 Two relations need no oracle at all: dY times a power of two gives each gradient times it, bit for bit where nothing
 leaves the range of normal numbers, and gradients of dY1 + dY2 add up.
@@ -81,7 +81,9 @@ def _one(subject: Subject, case: LinearCase, mode: str, out: Outcome, where: str
             radius = float((bound.radius * direction.abs()).sum()) + slack
             error = abs(float((got * direction).sum()) - slope)
             share = error / radius if error else 0.0
-            sentence = f"the slope of {name} along {told} is {float((got * direction).sum()):.9g}, by differences {slope:.9g}"
+            sentence = (
+                f"the slope of {name} along {told} is {float((got * direction).sum()):.9g}, by differences {slope:.9g}"
+            )
             out.share(math.inf if math.isnan(share) else share, f"{sentence}, allowed {radius:.3g}; {where}")
     for failed, share, sentence in relations.linear_in_dy(part, inputs, mode, result, bounds):
         if failed is not None:
@@ -120,8 +122,8 @@ class _Loss:
         return float((dy * y).sum())
 
     def slope(self, argument: str, direction: torch.Tensor) -> tuple[float, float]:
-        """(L(+u) - L(-u)) / 2 along u, and how far float64 may be off: gamma_n of the absolute terms for the n roundings
-        on the longest path, for each of the two."""
+        """(L(+u) - L(-u)) / 2 along u, and how far float64 may be off: gamma_n of the absolute terms for the n
+        roundings on the longest path, for each of the two."""
         # A step of the argument's own size: beside 2^120 a step of 1 would be lost in float64.
         top = float(self.at[argument].abs().max())
         step = 2.0 ** math.frexp(top)[1] if top else 1.0

@@ -17,8 +17,9 @@ from verify.subject import Refusal, Refused, Subject
 
 NAME = "guards"
 STATEMENT = (
-    "Every input that must be refused is, with a message that names it, and its good neighbour is not; with every tensor "
-    "in a page of NaN, inputs and new buffers alike, results have the bits they have without, and no page is touched."
+    "Every input that must be refused is, with a message that names it, and its good neighbour is not; with every "
+    "tensor in a page of NaN, inputs and new buffers alike, results have the bits they have without, and no page is "
+    "touched."
 )
 
 Named = dict[str, torch.Tensor]
@@ -73,7 +74,9 @@ def _refused(subject: Subject, refusal: Refusal, out: Outcome) -> None:
     try:
         refusal.allowed()
     except Exception as error:
-        out.fail(f"control: the good neighbour of '{refusal.told}' raised {type(error).__name__}: {error}; {subject.name}")
+        out.fail(
+            f"control: the good neighbour of '{refusal.told}' raised {type(error).__name__}: {error}; {subject.name}"
+        )
 
 
 # A call gets a function that puts a tensor into a page (or leaves it), and gives named results.

@@ -27,10 +27,10 @@ from verify.subject import Subject
 
 NAME = "parity"
 STATEMENT = (
-    "An adapter that the subject writes has in PEFT the same bits, names and scales, and gives logits within their rounding "
-    "bound, with rsLoRA and patterns of ranks and alphas; so has one of PEFT's in the subject; merged, each weight is "
-    "W + s B A within its bound, unmerged it has its bytes again, and transformers gives the adapter's logits from the saved "
-    "merged model."
+    "An adapter that the subject writes has in PEFT the same bits, names and scales, and gives logits within their "
+    "rounding bound, with rsLoRA and patterns of ranks and alphas; so has one of PEFT's in the subject; merged, each weight "
+    "is W + s B A within its bound, unmerged it has its bytes again, and transformers gives the adapter's logits from the "
+    "saved merged model."
 )
 
 
@@ -160,4 +160,6 @@ def _same_scales(theirs, case: AdapterCase, out: Outcome, where: str) -> None:
     }
     wrong = {path: (scale, case.scale(path)) for path, scale in found.items() if scale != case.scale(path)}
     out.check(bool(found), f"PEFT finds no adapter in the subject's file; {where}")
-    out.check(not wrong, f"scale in PEFT of the subject's file, and what it must be: {dict(list(wrong.items())[:2])}; {where}")
+    out.check(
+        not wrong, f"scale in PEFT of the subject's file, and what it must be: {dict(list(wrong.items())[:2])}; {where}"
+    )

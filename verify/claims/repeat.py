@@ -60,7 +60,10 @@ def _repeated(call: Callable[[], Named], other: Callable[[], Named], out: Outcom
         apart = [name for name, tensor in first.items() if not same_bits(tensor, again[name])]
         if apart:
             count = int((again[apart[0]] != first[apart[0]]).sum())
-            out.fail(f"call {i} gave other bits of {', '.join(apart)} than the first ({count} elements of {apart[0]}); {where}")
+            out.fail(
+                f"call {i} gave other bits of {', '.join(apart)} than the first "
+                f"({count} elements of {apart[0]}); {where}"
+            )
             return
         _stir(again)
         del again

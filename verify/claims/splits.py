@@ -25,10 +25,10 @@ from verify.subject import EXACT, GRAD, Cut, Documents, SplitResult, Subject, Tr
 
 NAME = "splits"
 STATEMENT = (
-    "Cutting a global batch into micro-batches of any sizes and order, empty ones too, on one process or several, gives the "
-    "same bits of dA, dB, y and dx, and of the adapter after N steps, for subjects that claim it, and gradients within "
-    "their bound for the others; they are those of the mean over supervised tokens; the cuts that ran differ, every tensor "
-    "moved, float sums on the same cuts differ, and dropout changes the result."
+    "Cutting a global batch into micro-batches of any sizes and order, empty ones too, on one process or several, "
+    "gives the same bits of dA, dB, y and dx, and of the adapter after N steps, for subjects that claim it, and gradients "
+    "within their bound for the others; they are those of the mean over supervised tokens; the cuts that ran differ, every "
+    "tensor moved, float sums on the same cuts differ, and dropout changes the result."
 )
 
 # Of this many cases in a row the last trains a model and the others cut a single linear.
