@@ -108,7 +108,7 @@ calls = []
 
 def run(inputs, mode, divisor=1.0):
     calls.append(1)
-    if len(calls) == 5:
+    if len(calls) == 60:
         pathlib.Path("in-the-middle").touch()
     return PLAIN.linear.run(inputs, mode, divisor)
 
@@ -135,7 +135,7 @@ def test_interrupted_run_leaves_a_readable_report(tmp_path, number):
     left = json.loads(path.read_text())
     assert left["interrupted"] is True
     assert left["finished"] is False
-    assert left["claims"][0]["cases"] >= 3
+    assert left["claims"][0]["cases"] >= 1
     assert "interrupted in case" in " ".join(left["claims"][0]["notes"])
     assert "accuracy" in out
     assert "interrupted: it holds what was tried" in (tmp_path / "verify-report.html").read_text()
