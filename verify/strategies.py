@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import hypothesis
@@ -21,6 +21,11 @@ from verify.subject import Cut, LinearInputs, TrainCase
 from verify.values import VALUES, draw, laid_out, size_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def short_names(dtypes: Iterable[torch.dtype]) -> tuple[str, ...]:
+    """The short names of a subject's dtypes, in its order: the first is the first that is drawn."""
+    return tuple(name for dtype in dtypes for name, known in DTYPES.items() if known == dtype)
 
 # One row, edges of tiles and of 16-byte vectors on both sides, primes, and none of these.
 FEATURES = (

@@ -257,7 +257,9 @@ def built_in(device: str) -> list[Subject]:
     subjects = []
 
     def add(name: str, where: str, tag: str) -> None:
-        linear, rows = (kind(where, (fp32, *half)) for kind in (FastloraLinear, FastloraOperations))
+        # what people train in comes first: a short budget ends before the last
+        dtypes = (*half, fp32) if where == "cuda" else (fp32, *half)
+        linear, rows = (kind(where, dtypes) for kind in (FastloraLinear, FastloraOperations))
         parts = linear, FastloraAdamW(where), FastloraTrainer(where)
         listed, refused = functools.partial(refusals, where), (InputError, TrainingError)
         subjects.append(Subject(name, where, *parts, (tag,), rows, FastloraFiles(), listed, refused))

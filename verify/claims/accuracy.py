@@ -9,7 +9,7 @@ from verify import graphs, oracle, relations
 from verify.claims.outcome import Budget, Outcome
 from verify.judge import around, judge
 from verify.oracle.linear import scale_of
-from verify.strategies import DTYPES, LinearCase, affordable, endless
+from verify.strategies import LinearCase, affordable, endless, short_names
 from verify.subject import EXACT, LinearInputs, LinearResult, Refused, Subject
 
 NAME = "accuracy"
@@ -32,7 +32,7 @@ def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
     if part is None:
         out.reason = "the subject has no LoRA linear"
         return out
-    names = tuple(name for name, dtype in DTYPES.items() if dtype in part.dtypes)
+    names = short_names(part.dtypes)
     alone = refused = 0
     kinds, tried = Counter(), Counter()
     for case in endless("linear", names, seed, getattr(part, "cases_a_shape", 1)):

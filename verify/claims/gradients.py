@@ -23,7 +23,7 @@ from verify.bounds import Accumulator
 from verify.claims.accuracy import bounds_of
 from verify.claims.outcome import Budget, Outcome
 from verify.oracle.linear import scale_of
-from verify.strategies import DTYPES, LinearCase, affordable, endless
+from verify.strategies import LinearCase, affordable, endless, short_names
 from verify.subject import GRAD, LinearInputs, LinearResult, Refused, Subject
 
 NAME = "gradients"
@@ -40,7 +40,7 @@ def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
     if part is None:
         out.reason = "the subject has no LoRA linear"
         return out
-    names = tuple(name for name, dtype in DTYPES.items() if dtype in part.dtypes)
+    names = short_names(part.dtypes)
     refused = 0
     cases = endless("linear", names, seed, getattr(part, "cases_a_shape", 1))
     for case in (c for c in cases if affordable(c, part)):
@@ -144,7 +144,7 @@ def _operators(subject: Subject, seed: int, out: Outcome) -> None:
     if operators is None:
         out.note("opcheck not tried: the subject registers no operators")
         return
-    names = tuple(name for name, dtype in DTYPES.items() if dtype in subject.linear.dtypes)
+    names = short_names(subject.linear.dtypes)
     cases = (c for c in endless("linear", names, seed) if affordable(c, subject.linear))
     plain = next(c for c in cases if c.m > 1 and c.dtype == names[0] and c.values == "normal")
     count = 0

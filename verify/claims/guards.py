@@ -12,7 +12,7 @@ import torch
 from verify import pages
 from verify.claims.invariance import Pen, same_bits
 from verify.claims.outcome import Budget, Outcome
-from verify.strategies import DTYPES, affordable, endless
+from verify.strategies import affordable, endless, short_names
 from verify.subject import Refusal, Refused, Subject
 
 NAME = "guards"
@@ -113,7 +113,7 @@ def _linear(subject: Subject, seed: int) -> Iterator[tuple[str, set[str], Call]]
     part = subject.linear
     if part is None:
         return None
-    names = tuple(name for name, dtype in DTYPES.items() if dtype in part.dtypes)
+    names = short_names(part.dtypes)
 
     def calls():
         for case in endless("linear", names, seed, getattr(part, "cases_a_shape", 1)):
@@ -143,7 +143,7 @@ def _operations(subject: Subject, seed: int) -> Iterator[tuple[str, set[str], Ca
     part = subject.operations
     if part is None or not part.operations:
         return None
-    names = tuple(name for name, dtype in DTYPES.items() if dtype in part.dtypes)
+    names = short_names(part.dtypes)
 
     def calls():
         for case, (index, operation) in zip(endless("rows", names, seed), itertools.cycle(enumerate(part.operations))):

@@ -17,7 +17,7 @@ import torch
 
 from verify.claims.outcome import Budget, Outcome
 from verify.products import products_of
-from verify.strategies import DTYPES, RowsCase, endless
+from verify.strategies import DTYPES, RowsCase, endless, short_names
 from verify.subject import DOCUMENT, ROW, Operation, Packed, Subject
 
 NAME = "invariance"
@@ -103,7 +103,7 @@ def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
     if part is None or not part.operations:
         out.reason = "the subject names no operations"
         return out
-    names = tuple(name for name, dtype in DTYPES.items() if dtype in part.dtypes)
+    names = short_names(part.dtypes)
     tried, totals = Counter(), set()
     called: dict[str, set[str]] = {}
     for case, (index, operation) in zip(endless("rows", names, seed), itertools.cycle(enumerate(part.operations))):

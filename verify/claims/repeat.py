@@ -15,7 +15,7 @@ import torch
 
 from verify.claims.invariance import Pen, same_bits
 from verify.claims.outcome import Budget, Outcome
-from verify.strategies import DTYPES, affordable, endless
+from verify.strategies import affordable, endless, short_names
 from verify.subject import OptimizerPart, Packed, Subject
 
 NAME = "repeat"
@@ -83,7 +83,7 @@ def _linear(subject: Subject, seed: int) -> Iterator[Call] | None:
     part = subject.linear
     if part is None:
         return None
-    names = tuple(name for name, dtype in DTYPES.items() if dtype in part.dtypes)
+    names = short_names(part.dtypes)
     cases = endless("linear", names, seed, getattr(part, "cases_a_shape", 1))
 
     def calls() -> Iterator[Call]:
@@ -107,7 +107,7 @@ def _operations(subject: Subject, seed: int) -> Iterator[Call] | None:
     part = subject.operations
     if part is None or not part.operations:
         return None
-    names = tuple(name for name, dtype in DTYPES.items() if dtype in part.dtypes)
+    names = short_names(part.dtypes)
 
     def calls() -> Iterator[Call]:
         for case, (index, operation) in zip(endless("rows", names, seed), itertools.cycle(enumerate(part.operations))):

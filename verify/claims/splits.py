@@ -20,7 +20,7 @@ from verify.claims.outcome import Budget, Outcome
 from verify.judge import judge
 from verify.oracle.digest import md5_of_tensors
 from verify.oracle.linear import scale_of
-from verify.strategies import DTYPES, SplitCase, cuts_of, endless
+from verify.strategies import DTYPES, SplitCase, cuts_of, endless, short_names
 from verify.subject import EXACT, GRAD, Cut, Documents, SplitResult, Subject, TrainCase, TrainResult
 
 NAME = "splits"
@@ -58,7 +58,7 @@ def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
     if linear is None and trainer is None:
         out.reason = "the subject has neither a LoRA linear nor a trainer that claims splits"
         return out
-    names = () if linear is None else tuple(n for n, d in DTYPES.items() if d in linear.dtypes)
+    names = () if linear is None else short_names(linear.dtypes)
     a_shape = getattr(linear, "cases_a_shape", 1)
     linears = endless("split", names, seed, a_shape) if linear else iter(())
     trainings = endless("train", (), seed) if trainer else iter(())
