@@ -36,8 +36,8 @@ def test_attention_is_that_of_each_document(count):
     documents = [plain(*(t[:, at : at + LENGTH] for t in wanted)) for at in (0, LENGTH)]
     expected = torch.cat(documents, 1).transpose(0, 1)
     gradients = torch.autograd.grad(expected, wanted, dout)
-    # tolerance-rule: float64 on both sides and torch's default bound; the planted fault changes values of size 1.
-    right = [torch.allclose(ours, theirs) for ours, theirs in zip((out, *parts[1]), (expected, *gradients), strict=True)]
+    pairs = zip((out, *parts[1]), (expected, *gradients), strict=True)
+    right = [torch.allclose(*pair) for pair in pairs]  # tolerance-rule: float64 on both sides; the planted fault is of size 1
     assert right == [count == 2] * 4
 
 
