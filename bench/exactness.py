@@ -167,7 +167,7 @@ def lines(result: dict) -> list[str]:
         worse = result["summary"]["worse_than"][who]
         said.append(f"exact gradient at most {what}: {total - len(worse)} of {total} tensors")
         if worse:
-            said.append(f"  not: {', '.join(worse)}")
+            said.append(f"  not: {'all of them' if len(worse) == total else ', '.join(worse)}")
     return said
 
 

@@ -10,9 +10,7 @@ import torch
 from bench import block_cases, check, kernel_cases, nonexact, systems
 from bench.cases import Size
 from bench.shapes import SHAPES
-from fastlora.errors import InputError
 from fastlora.ops import backend, decoder_layer, linear_cross_entropy
-from fastlora.stream import Stream
 
 pytestmark = pytest.mark.interpreter
 
@@ -54,6 +52,7 @@ def small():
     return dataclasses.replace(SHAPES["tiny"], hidden=32, intermediate=48, heads=2, key_heads=1, vocabulary=64, layers=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [False, True], ids=["right", "a document sees the one before"])
 def test_check_model_judges_the_non_exact_configuration(monkeypatch, small, fault):
     monkeypatch.setattr(nonexact, "LENGTHS", (40, 40))
@@ -65,8 +64,3 @@ def test_check_model_judges_the_non_exact_configuration(monkeypatch, small, faul
     assert found.passed != fault, found.reason
     assert found.notes == ("1 decoder layers run as fused kernels",)  # nothing is said about bits
     assert names == (decoder_layer.attention_forward, decoder_layer.attention_backward, linear_cross_entropy._tile_triton)
-
-
-def test_active_refuses_documents_of_several_lengths():
-    with pytest.raises(InputError, match="documents of 64, 128 tokens"), nonexact.active(Stream((70, 33), 64, (1, 2))):
-        pass
