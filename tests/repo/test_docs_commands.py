@@ -23,9 +23,9 @@ def is_run(words: list[str]) -> bool:
     """Whether a command is one to run here."""
     if words[0] == "fastlora":
         return not set(words) & set(PLACEHOLDERS)
-    # verify with cases or a model of one's own is short; the rest is the sessions verify and bench
+    # verify with cases or a model of one's own is short, unless for many seeds; the rest is the sessions verify and bench
     short = {"--cases", "--model", "--help"} & set(words)
-    return words[:3] == ["python", "-m", "verify"] and bool(short) and not set(words) & set(PLACEHOLDERS)
+    return words[:3] == ["python", "-m", "verify"] and bool(short) and not set(words) & {*PLACEHOLDERS, "--seeds"}
 
 
 def to_run() -> list:
