@@ -88,7 +88,7 @@ def result_of(document: str):
     return json.loads(html.unescape(re.search(r'<pre id="result">(.*?)</pre>', document, re.DOTALL)[1]))
 
 
-def agree(found: list[dict], cases: list[dict]) -> None:
+def assert_agree(found: list[dict], cases: list[dict]) -> None:
     assert len(found) == len(cases)
     for one, case in zip(found, cases):
         assert one == expected(case), case
@@ -114,7 +114,7 @@ def test_module_agrees_with_python_in_node(tmp_path):
     )
     done = subprocess.run([NODE, str(tmp_path / "run.mjs")], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    agree(json.loads(done.stdout), cases)
+    assert_agree(json.loads(done.stdout), cases)
 
 
 @needs_node
@@ -145,7 +145,7 @@ def test_script_agrees_with_python_in_chromium(tmp_path):
         "document.getElementById('result').textContent = JSON.stringify("
         "cases.map((facts) => ({ decide: decide(facts, rules), cards: cards(facts, rules) })));</script>"
     )
-    agree(result_of(in_chromium(tmp_path / "test.html")), cases)
+    assert_agree(result_of(in_chromium(tmp_path / "test.html")), cases)
 
 
 @needs_chromium
