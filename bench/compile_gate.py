@@ -148,7 +148,6 @@ def build_arguments(case: Case):
 
 # Bytes of registers that a case may keep in local memory, where measured to be faster than a tile that keeps none.
 SPILLS_ALLOWED = {
-    ("attention_dkv", "sm_90", 128): 88,
     # query, key and value under dropout with Triton 3.9 (3.6: none): two words in the epilogue, after the walk over K
     ("gemm", "sm_90", 6144): 8,
 }

@@ -91,7 +91,7 @@ def dq_step(
 @triton.jit
 def dkv_step(
     b_k, b_v, p_q, p_dout, p_lse, p_delta, i_q, o_k, b_dk, b_dv, scale, window, softcap, Q_T: tl.constexpr, DO_T: tl.constexpr,
-    D: tl.constexpr, E: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     BD: tl.constexpr, BE: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
     """dK (without the scale) and dV after one block of queries.
@@ -105,7 +105,7 @@ def dkv_step(
     b_lse = tl.load(p_lse + o_q)
     b_delta = tl.load(p_delta + o_q)
     b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-    b_s, b_slope = masked_scores(b_s, o_q[None, :], o_k[:, None], scale, window, softcap, MASK, WINDOW, SOFTCAP)
+    b_s, b_slope = masked_scores(b_s, o_q[None, :], o_k[:, None], scale, window, softcap, True, WINDOW, SOFTCAP)
     b_p = tl.exp2(b_s - b_lse[None, :])
     b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
     b_ds = b_p * (tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION) - b_delta[None, :])
@@ -239,15 +239,11 @@ def attention_dkv_kernel(
         i_q_head = i_h * GROUPS + i_member
         p_query, p_dy = p_q + i_q_head * Q_H, p_dout + i_q_head * DO_H
         p_l, p_d = p_lse + i_q_head * T, p_delta + i_q_head * T
-        for i_q in range(i_k * BK, i_k * BK + BK, BQ):
+        # one walk, masked throughout: a second copy of the step for blocks below the diagonal would spill registers
+        for i_q in range(i_k * BK, last, BQ):
             b_dk, b_dv = dkv_step(
-                b_k, b_v, p_query, p_dy, p_l, p_d, i_q, o_k, b_dk, b_dv, scale, window, softcap, Q_T, DO_T, D, E, True, WINDOW,
-                SOFTCAP, PRECISION, BD, BE, BQ,
-            )
-        for i_q in range(i_k * BK + BK, last, BQ):
-            b_dk, b_dv = dkv_step(
-                b_k, b_v, p_query, p_dy, p_l, p_d, i_q, o_k, b_dk, b_dv, scale, window, softcap, Q_T, DO_T, D, E, WINDOW, WINDOW,
-                SOFTCAP, PRECISION, BD, BE, BQ,
+                b_k, b_v, p_query, p_dy, p_l, p_d, i_q, o_k, b_dk, b_dv, scale, window, softcap, Q_T, DO_T, D, E, WINDOW, SOFTCAP,
+                PRECISION, BD, BE, BQ,
             )
     store_rows(p_dk + i_h * DK_H, o_k, DK_T, b_dk * scale, D, BD)
     store_rows(p_dv + i_h * DV_H, o_k, DV_T, b_dv, E, BE)

@@ -166,7 +166,6 @@ def attention_tile(arch: str, dtype: torch.dtype, head: int, *, of: str) -> Tile
     if arch == "sm_90" and dtype != torch.float32:
         # wide heads: with one stage the compiler holds a whole step in registers and spills
         stages = 3 if of == "forward" and head <= 128 else 1 if of == "forward" else 2
-    # sm_90, dK and dV, 128 wide: 4 warps spill some bytes and are still the fastest (H200, 32 heads, 4 x 2048: 0.65 ms; without spills 0.71)
     narrow = head <= 128 and (of != "dkv" or arch == "sm_90")
     warps = 4 if head <= 64 and arch != "sm_120" or narrow else 8
     rows, columns = (step, ATTENTION_BLOCK) if of == "dkv" else (ATTENTION_BLOCK, step)

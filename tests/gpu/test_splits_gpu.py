@@ -25,19 +25,8 @@ UNEVEN = [9 + 97 * i % 500 for i in range(cases.ROWS * cases.STEPS)]
 OTHERS = [dict(r=8, lora_dropout=0.1), dict(r=64, use_rslora=True), dict(r=64, use_rslora=True, lora_dropout=0.1)]
 
 
-def check_all(build, rows):
-    """24 splits of ten steps, the control, then other adapters through fewer splits."""
-    subject = cases.Subject(build(), r=8)
-    digests = {cases.check(subject, rows, cases.ALL).digest}
-    cases.check_control(subject, rows, cases.ALL[:6])
-    del subject
-    for lora in OTHERS:
-        digests.add(cases.check(cases.Subject(build(), **lora), rows, cases.FEW, steps=6).digest)
-    assert len(digests) == 4  # dropout, rank and scaling change what is trained
-    return digests
-
-
-def test_adamw_gives_one_adapter_for_24_splits_at_the_8b_shape():
+def shaped():
+    """(how to make a model of the 8B shape with 4 layers, rows)."""
     shape = dict(
         hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=4,
         vocab_size=128256, max_position_embeddings=4096,
@@ -48,11 +37,11 @@ def test_adamw_gives_one_adapter_for_24_splits_at_the_8b_shape():
         with torch.device("cuda"):
             return AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16)
 
-    check_all(build, cases.random_rows(UNEVEN, 128256))
+    return build, cases.random_rows(UNEVEN, 128256)
 
 
-def test_adamw_gives_one_adapter_for_24_splits_of_real_weights_and_text(request):
-    folder = request.config.getoption("--model")
+def real(folder: str | None):
+    """(how to load the demo's model, rows of real text)."""
     if folder is None:
         pytest.skip("no real model: give pytest --model DIR, the folder of the demo's model")
     tokenizer = setup.load_tokenizer(folder)
@@ -64,7 +53,26 @@ def test_adamw_gives_one_adapter_for_24_splits_of_real_weights_and_text(request)
             rows.append(make_row(ids, supervised, line, "pair"))
         if len(rows) == cases.ROWS * cases.STEPS:
             break
-    check_all(lambda: setup.load_model(folder, dtype=torch.bfloat16, device="cuda"), rows)
+    return lambda: setup.load_model(folder, dtype=torch.bfloat16, device="cuda"), rows
+
+
+def made(what: str, request):
+    return shaped() if what == "8b shape" else real(request.config.getoption("--model"))
+
+
+@pytest.mark.parametrize("what", ["8b shape", "real weights and text"])
+def test_adamw_gives_one_adapter_for_24_splits_of_ten_steps(what, request):
+    build, rows = made(what, request)
+    subject = cases.Subject(build(), r=8)
+    cases.check(subject, rows, cases.ALL)
+    cases.check_control(subject, rows, cases.ALL[:6])
+
+
+@pytest.mark.parametrize("what", ["8b shape", "real weights and text"])
+def test_adamw_gives_one_adapter_for_every_split_whatever_the_adapter(what, request):
+    build, rows = made(what, request)
+    digests = {cases.check(cases.Subject(build(), **lora), rows, cases.FEW, steps=6).digest for lora in OTHERS}
+    assert len(digests) == len(OTHERS)  # dropout, rank and scaling change what is trained
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -16,13 +16,14 @@ from typer.testing import CliRunner
 from tests.unit.tiny_run import run_command, save_model
 
 # What stands for something of the reader's own, and so cannot run as it is printed.
-PLACEHOLDERS = ("module:object",)
+PLACEHOLDERS = ("module:object", "FILE", "DIR")
 
 
 def is_run(words: list[str]) -> bool:
     """Whether a command is one to run here."""
     if words[0] == "fastlora":
-        return not set(words) & set(PLACEHOLDERS)
+        # a command's bare name is a mention of it
+        return len(words) > 2 and not set(words) & set(PLACEHOLDERS)
     # verify with cases or a model of one's own is short, unless for many seeds; the rest is the sessions verify and bench
     short = {"--cases", "--model", "--help"} & set(words)
     return words[:3] == ["python", "-m", "verify"] and bool(short) and not set(words) & {*PLACEHOLDERS, "--seeds"}
