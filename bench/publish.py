@@ -11,7 +11,16 @@ import pathlib
 import re
 
 from bench.provenance import RESULTS, ROOT, device_label
-from bench.tables import block_table, cpu_table, demo_line, kernel_table, linear_table, small_table, step_table
+from bench.tables import (
+    block_table,
+    cpu_table,
+    demo_line,
+    earlier_table,
+    kernel_table,
+    linear_table,
+    small_table,
+    step_table,
+)
 from fastlora.errors import InputError
 from fastlora.files import atomic_write_text
 
@@ -36,6 +45,7 @@ def newest(folder: pathlib.Path) -> list[tuple[str, pathlib.Path, dict]]:
         InputError: a file that is no result.
     """
     found: dict[tuple, tuple[str, pathlib.Path, dict]] = {}
+    earlier: dict[tuple, list[tuple[str, pathlib.Path, dict]]] = {}
     for path in sorted(folder.glob("*.json")):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
@@ -47,11 +57,26 @@ def newest(folder: pathlib.Path) -> list[tuple[str, pathlib.Path, dict]]:
             continue  # some other measurement: kept, and not the README's business
         key = kind, device_label(result["provenance"]), result.get("shape"), result.get("layers")
         if key not in found or found[key][2]["provenance"]["date"] <= date:
+            if key in found:
+                earlier.setdefault(key, []).append(found[key])
             found[key] = kind, path, result
+        else:
+            earlier.setdefault(key, []).append((kind, path, result))
     measured = {device for kind, device, *_ in found if kind == "block"}
     kept = [entry for key, entry in found.items() if not (key[0] == "linear" and key[1] in measured)]
+    for key, entries in earlier.items():
+        kept += [entry for before in entries if key[0] == "step" and (entry := _peers_alone(before, found[key][2]))]
     # The largest model first: it is what the figures above the fold are about.
-    return sorted(kept, key=lambda e: (ORDER.index(e[0]), -_size(e[2]), device_label(e[2]["provenance"]), e[1].name))
+    return sorted(kept, key=lambda e: (ORDER.index(e[0]), -_size(e[2]), "peers" in e[2], device_label(e[2]["provenance"]), e[1].name))
+
+
+def _peers_alone(entry: tuple[str, pathlib.Path, dict], newer: dict) -> tuple[str, pathlib.Path, dict] | None:
+    """An earlier result of whole models with the systems of others that the newer one did not time; None without any. Ours are left
+    out: they have changed since."""
+    kind, path, result = entry
+    timed = {row["system"] for row in newer["rows"] if "time" in row}
+    rows = [row for row in result["rows"] if "time" in row and not row["system"].startswith("fastlora") and row["system"] not in timed]
+    return (kind, path, {**result, "rows": rows, "peers": True}) if rows else None
 
 
 def _size(result: dict) -> int:
@@ -73,7 +98,7 @@ def text_of(results: list[tuple[str, pathlib.Path, dict]]) -> str:
     if _drawable(results):
         parts.append("![Time over the frozen model](docs/bench.svg)")
     for kind, path, result in results:
-        tables = [text for make in TABLES[kind] if (text := make(result))]
+        tables = [text for make in ((earlier_table,) if "peers" in result else TABLES[kind]) if (text := make(result))]
         if tables:
             dirty = " (with changes that were not committed)" if result["provenance"].get("dirty") else ""
             source = f"From `bench/results/{path.name}`, commit {result['provenance']['commit'][:9]}{dirty}."
@@ -82,7 +107,7 @@ def text_of(results: list[tuple[str, pathlib.Path, dict]]) -> str:
 
 
 def _drawable(results: list[tuple[str, pathlib.Path, dict]]) -> list[tuple[str, pathlib.Path, dict]]:
-    return [entry for entry in results if entry[0] in ("step", "block")]
+    return [entry for entry in results if entry[0] in ("step", "block") and "peers" not in entry[2]]
 
 
 def publish(

@@ -44,16 +44,7 @@ def step_table(result: dict) -> str:
     device = device_label(result["provenance"])
     head = f"**{result['shape']}**, {result['layers']} layers, random weights, {result['dtype']}, {result['tokens']} tokens a step, "
     head += f"rank {result['rank']} on all seven projections, one {device}"
-    body = []
-    for row in full:
-        speed = row["tokens"] / row["time"]["median_ms"] * 1e3
-        whole = row.get("with_optimizer")
-        body.append((
-            row["system"], f"{row['time']['median_ms']:.1f}", spread(row["over_frozen"]), f"{whole['median']:.3f}" if whole else "-",
-            f"{speed:,.0f}", gib(row["peak_bytes"]), str(row.get("launches") or "-"),
-        ))  # fmt: skip
-    titles = ("system", "forward + backward, ms", "over frozen", "with optimiser, over frozen", "tokens/s", "peak GiB", "launches")
-    parts = [head + ":", table(titles, body)]
+    parts = [head + ":", _models(full)]
     kernels = next((row.get("attention_kernels") for row in rows if row["system"] == "frozen"), None)
     notes = [noise(rows) + "."]
     if kernels:
@@ -71,6 +62,25 @@ def step_table(result: dict) -> str:
     if missing:
         parts.append("Not timed: " + "; ".join(missing) + ".")
     return "\n\n".join(parts)
+
+
+def _models(rows: list[dict]) -> str:
+    body = []
+    for row in rows:
+        speed = row["tokens"] / row["time"]["median_ms"] * 1e3
+        whole = row.get("with_optimizer")
+        body.append((
+            row["system"], f"{row['time']['median_ms']:.1f}", spread(row["over_frozen"]), f"{whole['median']:.3f}" if whole else "-",
+            f"{speed:,.0f}", gib(row["peak_bytes"]), str(row.get("launches") or "-"),
+        ))  # fmt: skip
+    titles = ("system", "forward + backward, ms", "over frozen", "with optimiser, over frozen", "tokens/s", "peak GiB", "launches")
+    return table(titles, body)
+
+
+def earlier_table(result: dict) -> str:
+    """Systems of others that the newest run of the same model did not time, from an earlier one, each over that run's frozen model."""
+    rows = [row for row in result["rows"] if not is_packed(row)]
+    return f"Systems that run did not time, in an earlier one:\n\n{_models(rows)}" if rows else ""
 
 
 def is_packed(row: dict) -> bool:
