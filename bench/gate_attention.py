@@ -26,6 +26,8 @@ def build_arguments(case, element: str):
         GROUPS=4, D=head, E=head, WINDOW=False, SOFTCAP=False, BD=max(16, head), BE=max(16, head), BQ=tile.bm, BK=tile.bn,
         PRECISION="ieee" if case.dtype == torch.float32 else "tf32",
     )  # fmt: skip
+    if case.operation == "attention_dkv":
+        constants["APART"] = file.MASKS_APART
     for name in kernel.arg_names:
         if name.endswith(("_H", "_T")):
             heads = 2 if name[0] in "KV" or name.startswith(("DK", "DV")) else 8

@@ -66,10 +66,10 @@ def compare(trainer: Trainer, rows: Sequence[Row], ids: Sequence[int]) -> tuple[
             with torch.no_grad():
                 m.lora_B.weight.copy_(trial)
         found = []
-        # The first under the guard against a lack of memory, which may halve the cuts; the second is smaller.
-        for run in (lambda: trainer.in_memory(rows, lambda c: trainer.sums(rows, ids, c, 1)),
-                    lambda: trainer.sums(rows, ids, alone, 1)):
-            run()
+        # Under the guard against a lack of memory, which may halve the first cuts; the second are smaller, but may still lack what the
+        # allocator holds in pieces from the first.
+        for cut in (None, alone):
+            trainer.in_memory(rows, lambda c, cut=cut: trainer.sums(rows, ids, cut or c, 1))
             found.append([[s.total.clone() for s in m.sums] for _, m in modules])
             discard(trainer.model)
     finally:

@@ -41,3 +41,19 @@ def test_attention_does_not_depend_on_neighbours():
         alone = run([t[:, :, start:stop] for t in (q, k, v)], dout[:, start:stop], ((0, stop - start),))
         for one, many in zip(alone, together):
             assert torch.equal(one, many[:, start:stop])
+
+
+@pytest.mark.parametrize("case", CASES[:3], ids=name)
+def test_attention_backward_has_the_same_bits_however_blocks_are_masked(case, monkeypatch):
+    """Which of the two is run hangs on the version of Triton (kernels/attention.py)."""
+    from fastlora.kernels import attention as file
+
+    q, k, v, dout = draw(case, torch.float32, "cpu")
+    spans, window, cap = spans_of(case[4]), case[5], case[6]
+    found = []
+    for apart in (True, False):
+        monkeypatch.setattr(file, "MASKS_APART", apart)
+        leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+        with backend.use("triton"):
+            found.append(torch.autograd.grad(attention(*leaves, spans, case[2] ** -0.5, window, cap), leaves, dout))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
