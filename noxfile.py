@@ -60,14 +60,14 @@ def demo(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """Everything that runs here: unit tests, kernels in the interpreter, the compile gate (twice), GPU tests on a GPU."""
+    """What runs here in ten minutes: unit tests, the interpreter, the compile gate (twice), on a GPU its tests; `-- -m slow`: the rest."""
     if session.posargs:
         python(session, "-m", "pytest", *session.posargs)
         return
     # Two workers of one thread each would fight a threaded torch for two cores.
     spread = ("-n", "2", "--dist", "worksteal")
-    python(session, "-m", "pytest", "-q", *spread)
-    python(session, "-m", "pytest", "-q", "-m", "interpreter", *spread, env={"TRITON_INTERPRET": "1"})
+    python(session, "-m", "pytest", "-q", "-m", "not slow", *spread)
+    python(session, "-m", "pytest", "-q", "-m", "interpreter and not slow", *spread, env={"TRITON_INTERPRET": "1"})
     folder = old_triton(session)
     if folder is not None:
         python(session, "-m", "pytest", "-q", "tests/compile", *spread, env={"PYTHONPATH": str(folder)})

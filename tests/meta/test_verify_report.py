@@ -129,7 +129,7 @@ def test_interrupted_run_leaves_a_readable_report(tmp_path, number):
     while not (tmp_path / "in-the-middle").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 130, err
     assert err.strip().splitlines()[-1] == "interrupted; the report holds what was tried"
     left = json.loads(path.read_text())
