@@ -123,13 +123,18 @@ def test_interrupted_run_leaves_a_readable_report(tmp_path, number):
         [sys.executable, "-m", "verify", "--subject", "signalling:SUBJECT", "--budget", "10m", "--claim", "accuracy"],
         cwd=tmp_path, env={"PYTHONPATH": ":".join(p for p in sys.path if p), "PATH": ""},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # where tests run in the background of a shell, SIGINT is ignored, and children would inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     path = pathlib.Path(tmp_path, "verify-report.json")
     deadline = time.monotonic() + 120
     while not (tmp_path / "in-the-middle").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(number)
-    out, err = process.communicate(timeout=240)
+    try:
+        out, err = process.communicate(timeout=240)
+    finally:
+        process.kill()
     assert process.returncode == 130, err
     assert err.strip().splitlines()[-1] == "interrupted; the report holds what was tried"
     left = json.loads(path.read_text())
