@@ -112,14 +112,7 @@ def load_tokenizer(name: str | None, *, gguf_file: str | None = None, trust_remo
     Raises:
         InputError: it cannot be read.
     """
-    import transformers
-
-    place, gguf_file, fetch = find_model(name, gguf_file)
-    with reading("tokenizer", place):
-        return transformers.AutoTokenizer.from_pretrained(
-            place, local_files_only=not fetch, trust_remote_code=trust_remote_code,
-            **({"gguf_file": gguf_file} if gguf_file else {}),
-        )
+    return _read("tokenizer", "AutoTokenizer", name, gguf_file, trust_remote_code)
 
 
 def load_config(name: str | None, *, gguf_file: str | None = None, trust_remote_code: bool = False):
@@ -128,11 +121,16 @@ def load_config(name: str | None, *, gguf_file: str | None = None, trust_remote_
     Raises:
         InputError: it cannot be read.
     """
+    return _read("configuration", "AutoConfig", name, gguf_file, trust_remote_code)
+
+
+def _read(what: str, auto: str, name: str | None, gguf_file: str | None, trust_remote_code: bool):
+    """What the ``auto`` class of transformers reads from a model's folder."""
     import transformers
 
     place, gguf_file, fetch = find_model(name, gguf_file)
-    with reading("configuration", place):
-        return transformers.AutoConfig.from_pretrained(
+    with reading(what, place):
+        return getattr(transformers, auto).from_pretrained(
             place, local_files_only=not fetch, trust_remote_code=trust_remote_code,
             **({"gguf_file": gguf_file} if gguf_file else {}),
         )
