@@ -364,13 +364,17 @@ def _norm(squares: list[torch.Tensor]) -> float:
     return math.sqrt(math.fsum(x for part in squares for x in part.tolist()))
 
 
+def _hyper(group: dict) -> tuple[float, ...]:
+    """lr, weight_decay, eps and both betas of a group, as floats."""
+    return (*(float(group[k]) for k in ("lr", "weight_decay", "eps")), *(float(b) for b in group["betas"]))
+
+
 def _scalars(entry: _Entry, divisor: float, factor: float):
     """What the kernel is told about a step, each number rounded to float64 where :func:`_update` rounds it."""
     from fastlora.ops.adamw_triton import Scalars
 
     group, t = entry.group, entry.state["step"]
-    lr, decay, eps = (float(group[k]) for k in ("lr", "weight_decay", "eps"))
-    beta1, beta2 = (float(b) for b in group["betas"])
+    lr, decay, eps, beta1, beta2 = _hyper(group)
     return Scalars(
         divisor, factor, beta1, 1 - beta1, beta2, 1 - beta2, 1 - beta1**t, 1 - beta2**t, eps, 1 - lr * decay, lr,
     )
@@ -381,8 +385,7 @@ _STORED = (attrgetter("p"), attrgetter("m"), attrgetter("v"))
 
 def _update(bucket: list[_Piece], divisor: float, factor: float) -> None:
     group, t = bucket[0][0].group, bucket[0][0].state["step"]
-    lr, decay, eps = (float(group[k]) for k in ("lr", "weight_decay", "eps"))
-    beta1, beta2 = (float(b) for b in group["betas"])
+    lr, decay, eps, beta1, beta2 = _hyper(group)
     g = _gradient(_gathered(bucket, attrgetter("raw")), divisor).double()
     if factor != 1:
         g.mul_(factor)
