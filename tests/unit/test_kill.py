@@ -12,16 +12,16 @@ import sys
 import time
 
 import pytest
-from tiny_run import train, write_rows
+from tiny_run import DEVICES, model_on, train, write_rows
 
 # A few in every run of the tests; FASTLORA_KILLS=30 for as many as convince.
 KILLS = int(os.environ.get("FASTLORA_KILLS", "3"))
-CUTS = (160, 256, 4096)
+CUTS = (192, 256, 4096)
 
 
-def run_once(folder, name: str, cut: int, steps: int) -> None:
+def run_once(folder, name: str, cut: int, steps: int, device: str) -> None:
     """In a process of its own: begin the run, or go on with it."""
-    train(folder, name, steps=steps, checkpoint_every=2, micro_batch_tokens=cut, lora={"lora_dropout": 0.1},
+    train(folder, name, model=model_on(device), steps=steps, checkpoint_every=2, micro_batch_tokens=cut, lora={"lora_dropout": 0.1},
           resume=(folder / name / "run.toml").exists())
 
 
@@ -31,7 +31,8 @@ def lines(folder) -> list[bytes]:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither fork nor kill -9")
-def test_train_killed_at_random_moments_and_resumed_gives_the_same_file(tmp_path):
+@pytest.mark.parametrize("device", DEVICES)
+def test_train_killed_at_random_moments_and_resumed_gives_the_same_file(tmp_path, device):
     kills, steps = KILLS, 3 * KILLS
     write_rows(tmp_path / "rows.jsonl")
     # Children are forked from a process that has imported everything and has no thread.
@@ -41,7 +42,7 @@ def test_train_killed_at_random_moments_and_resumed_gives_the_same_file(tmp_path
     draw = random.Random(seed)
 
     def start(name: str):
-        process = context.Process(target=run_once, args=(tmp_path, name, draw.choice(CUTS), steps))
+        process = context.Process(target=run_once, args=(tmp_path, name, draw.choice(CUTS), steps, device))
         process.start()
         return process
 

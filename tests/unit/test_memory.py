@@ -8,7 +8,7 @@ import types
 
 import pytest
 import torch
-from tiny_run import tiny_model, train
+from tiny_run import DEVICES, model_on, train
 
 import fastlora.setup as setup
 from fastlora import memory, packing, selfcheck
@@ -76,11 +76,12 @@ def planted(model, where: str, when, monkeypatch):
             yield
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("where", ["forward", "backward", "loss"])
-def test_out_of_memory_anywhere_gives_the_bytes_of_a_run_that_never_ran_out(tmp_path, where, monkeypatch):
+def test_out_of_memory_anywhere_gives_the_bytes_of_a_run_that_never_ran_out(tmp_path, where, device, monkeypatch):
     settings = {"steps": 3, "lora": {"lora_dropout": 0.1}, "batch_size": 6}
-    train(tmp_path, "plain", **settings)
-    model, at = tiny_model(), {"step": 0, "attempts": [], "micro_batch": 0}
+    train(tmp_path, "plain", model=model_on(device), **settings)
+    model, at = model_on(device), {"step": 0, "attempts": [], "micro_batch": 0}
     partial, original = [], Trainer.sums
 
     def sums(self, rows, ids, cuts, step):

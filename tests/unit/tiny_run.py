@@ -16,6 +16,8 @@ from fastlora.train import Trainer
 from fastlora.train_config import TrainConfig
 from tests.unit.tiny_tokenizer import make_tokenizer
 
+# For tests of what a GPU must do too: on a machine that has one they run twice.
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 WORDS = ["user", "assistant", "system", "the", "answer", "is", "one", "two", "three", "hello", "world"]
 
 
@@ -30,6 +32,11 @@ def tiny_model(seed: int = 0, layers: int = 2):
         bos_token_id=0, eos_token_id=1, tie_word_embeddings=True,
     )
     return LlamaForCausalLM(config)
+
+
+def model_on(device: str):
+    """The tiny model as a run on that device has it: fp32 on the CPU, bf16 on a GPU."""
+    return tiny_model() if device == "cpu" else tiny_model().to(device, torch.bfloat16)
 
 
 def save_model(folder: pathlib.Path, **more) -> pathlib.Path:
