@@ -47,7 +47,7 @@ def log_line(folder, step) -> dict:
     return json.loads((folder / "log.jsonl").read_text().splitlines()[step - 1])
 
 
-@pytest.mark.parametrize("step, cut, start", [(4, 160, 2), (2, 4096, 0)])
+@pytest.mark.parametrize("step, cut, start", [(4, 192, 2), (2, 4096, 0)])
 def test_replay_is_equal_under_another_cut_and_writes_nothing(done, capsys, step, cut, start):
     before = files(done)
     code, out, _ = run(capsys, "replay", done / "run", "--step", step, "--micro-batch-tokens", cut, "--count", 3)
