@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bench import timing
+from bench import graphs, timing
 from bench.check import Verdict
 from fastlora.ops import backend
 
@@ -44,7 +44,8 @@ class Case:
         check: the verification of our calls, run before any of them is timed.
         bytes_moved: of one call, for kernels that are bound by memory.
         flops: of one call, for products.
-        graphs: also time the calls as CUDA graphs, which leaves out the host.
+        tokens: M, where a table asks for it.
+        graphs: also time the calls as CUDA graphs, which leaves out the host; each then returns tensors that it wrote.
         notes: what a reader has to know.
     """
 
@@ -53,6 +54,7 @@ class Case:
     check: Callable[[], Verdict]
     bytes_moved: int | None = None
     flops: int | None = None
+    tokens: int | None = None
     graphs: bool = False
     notes: list[str] = field(default_factory=list)
     stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -108,21 +110,9 @@ def measure(benchmark, case: Case, system: str, device: str) -> None:
         extra["gigabytes_per_second"] = case.bytes_moved / own.median * 1e-6
     if case.flops:
         extra["teraflops"] = case.flops / own.median * 1e-9
-    if case.graphs and device == "cuda":
-        extra["graph"] = _graphs(case, system, device)
+    if case.tokens:
+        extra["tokens"] = case.tokens
+    if case.graphs:
+        extra["graph"] = graphs.compare(case.calls, case.base, system, device)
     benchmark.extra_info.update(extra)
     benchmark.pedantic(call, rounds=len(own.samples), iterations=own.repeats)
-
-
-def _graphs(case: Case, system: str, device: str) -> dict:
-    """The same comparison by CUDA graph replay: the GPU's time alone."""
-    try:
-        calls = {name: timing.graphed(case.calls[name]) for name in (case.base, system)}
-    except RuntimeError as error:
-        return {"not_timed": " ".join(str(error).split())[:200]}
-    taken = timing.interleaved(calls, device, base=case.base)
-    return {
-        "median_ms": taken[system].median, "baseline_ms": taken[case.base].median,
-        "over_baseline": timing.ratio(taken[system], taken[case.base]).as_dict(),
-        "control": timing.control_dict(timing.control(taken, case.base)),
-    }  # fmt: skip

@@ -21,7 +21,8 @@ def _norm(case):
     tile = row_tables.norm_tile(case.arch, case.dtype, case.outer)
     own = dict(RESIDUAL=True, EMIT=True, AGAIN=row_tables.reads_again(case.dtype, case.outer)) if backward else dict(ADD=True, SCALED=True)
     kernel = getattr(rms_norm, f"{case.operation}_kernel")
-    return kernel, tile, dict(K=case.outer, **own, STYLE="round_first", BM=tile.bm, BK=tile.bk)
+    strides = {name: case.outer for name in ("H_LD", "X_LD", "DX_LD", "DH_LD") if name in kernel.arg_names}
+    return kernel, tile, dict(**strides, K=case.outer, **own, STYLE="round_first", BM=tile.bm, BK=tile.bk)
 
 
 def _heads(case):

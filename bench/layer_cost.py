@@ -26,8 +26,9 @@ from fastlora.ops import decoder_layer as layer_file
 
 PATH = FOLDER / "layer.json"
 TOKENS = 128
-# Llama's layer, and one with norms of heads and four norms: the two kinds the families are made of.
-KINDS = ("llama", "gemma3_text")
+# Llama's layer, one with norms of heads and four norms, and one with norms over all heads and after the blocks alone: the kinds the
+# families are made of.
+KINDS = ("llama", "gemma3_text", "olmo2")
 
 
 def tiny(kind: str) -> nn.Module:

@@ -65,5 +65,7 @@ def line(row: dict) -> str:
         text += f"  {row['teraflops']:.1f} TFLOP/s"
     graph = row.get("graph", {})
     if "over_baseline" in graph:
-        text += f"  graph {graph['over_baseline']['median']:.3f} x"
+        text += f"  graph {graph['over_baseline']['median']:.3f} x (A/A {graph['control']['median']:.3f})"
+    elif graph:
+        text += f"  graph {graph['not_timed']}"
     return text if control["holds_one"] else f"{text}  (the control is off: noise)"

@@ -157,20 +157,43 @@ def block_table(result: dict) -> str:
     return table(titles, body) + f"\n\nOver the frozen block. {noise(rows)}."
 
 
+# The least tokens from which neither time may be above PEFT's maths.
+SMALL_TARGETS = (("GPU time", 512, lambda row: row.get("graph", {})), ("Wall clock", 1024, lambda row: row))
+
+
 def small_table(result: dict) -> str:
-    """Small widths over PEFT's maths: by the wall clock, and by graph replay, which leaves the host out."""
+    """Small widths over PEFT's maths: by the wall clock, and by graph replay, which leaves the host out; then what is above it."""
     rows = [row for row in result["rows"] if row["baseline"] == "peft"]
-    body = [
-        (
-            f"{row['case']}, {row['system']}", f"{row['baseline_time']['median_ms']:.3f}", spread(row["over_baseline"]),
-            spread(graph["over_baseline"]) if "over_baseline" in (graph := row.get("graph", {})) else "-",
-        )
-        for row in rows
-    ]  # fmt: skip
-    if not body:
+    if not rows:
         return ""
-    titles = (f"small widths, one {device_label(result['provenance'])}", "PEFT's maths, ms", "wall clock over it", "GPU time over it")
-    return table(titles, body) + f"\n\n{noise(rows)}."
+    body = []
+    for row in rows:
+        graph = row.get("graph", {"not_timed": "not tried"})
+        timed = "over_baseline" in graph
+        body.append((
+            row["case"], "exact" if row["system"] == "fastlora" else row["system"].removeprefix("fastlora-"),
+            f"{row['baseline_time']['median_ms']:.3f}", spread(row["over_baseline"]),
+            f"{graph['baseline_time']['median_ms']:.3f}" if timed else "-",
+            spread(graph["over_baseline"]) if timed else graph["not_timed"],
+        ))  # fmt: skip
+    titles = (
+        f"small widths, forward + backward, one {device_label(result['provenance'])}", "sums", "PEFT's maths, wall clock, ms",
+        "ours over it", "PEFT's maths, GPU, ms", "ours over it",
+    )  # fmt: skip
+    graphs = [row["graph"] for row in rows if "control" in row.get("graph", {})]
+    said = [f"Wall clock: {noise(rows)}.", *([f"Graph replay: {noise(graphs)}."] if graphs else []), *_above(rows)]
+    return table(titles, body) + "\n\n" + " ".join(said)
+
+
+def _above(rows: list[dict]) -> list[str]:
+    """A sentence for each of :data:`SMALL_TARGETS` that was timed: what is above PEFT's maths."""
+    found = []
+    for what, least, part in SMALL_TARGETS:
+        timed = [(row, part(row)["over_baseline"]["median"]) for row in rows if row["tokens"] >= least and "over_baseline" in part(row)]
+        if timed:
+            above = [f"{row['case']}, {row['system']} ({median:.3f})" for row, median in timed if median > 1.0]
+            found.append(f"{what} above PEFT's maths from {least:,} tokens on: {'; '.join(above) or 'none'} of {len(timed)}.")
+    return found
 
 
 def kernel_table(result: dict) -> str:

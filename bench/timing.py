@@ -210,24 +210,6 @@ def _repeats(sample, call: Call, work_ms: float) -> int:
     return repeats
 
 
-def graphed(call: Call) -> Call:
-    """The call captured as a CUDA graph: its replay costs the GPU's time and none of the host's.
-
-    Raises:
-        RuntimeError: something in the call cannot be captured.
-    """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
 def launches(call: Call) -> collections.Counter[str]:
     """Kernels that one call runs on the GPU, by name, copies and fills included; empty without a GPU."""
     if not torch.cuda.is_available():

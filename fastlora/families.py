@@ -97,8 +97,10 @@ FAMILIES: dict[str, Family] = {
             layout=Layout(qkv=("qkv_proj",), gate_up=("gate_up_proj",), window_of_config=True),
         ),
         Family("smollm3", layout=Layout()),
-        # its norms of queries and keys run over all heads at once
-        Family("olmo2"),
+        Family(
+            "olmo2",
+            layout=Layout((None, "post_attention_layernorm", None, "post_feedforward_layernorm"), "round_last"),
+        ),
         Family("granite", divisor_field="logits_scaling", layout=Layout()),
         Family("qwen3_moe", _ATTENTION, by_token=("Qwen3MoeTopKRouter", "Qwen3MoeExperts")),
         Family("mixtral", _ATTENTION, by_token=("MixtralTopKRouter", "MixtralExperts")),

@@ -19,18 +19,21 @@ FAMILIES = {
     "gemma3_text": {"query_pre_attn_scalar": 8, "sliding_window": 40},
     "phi3": {"partial_rotary_factor": 0.5, "head_dim": 8},
     "smollm3": {},
+    "olmo2": {},
     "granite": {"residual_multiplier": 0.5, "attention_multiplier": 0.3},
 }
 
 
 def build(family: str, dropout: float = 0.0, layers: int = 1, **lora) -> torch.nn.Module:
-    """A tiny model with adapters whose B is not zero."""
+    """A tiny model with adapters whose B is not zero, and norms whose weights differ."""
     model = tiny_model(family, layers=layers, max_position_embeddings=256, **FAMILIES[family]).requires_grad_(False)
     inject(model, LoraConfig(**{"r": 3, "lora_dropout": dropout, **lora}), seed=0)
     draw = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1, generator=draw)
+        elif "norm" in name:  # else all alike, and a weight at the wrong feature would not show
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=draw)
     return model
 
 

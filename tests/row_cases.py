@@ -143,6 +143,29 @@ def failures(checks: dict[str, bool]) -> list[str]:
     return [name for name, holds in checks.items() if not holds]
 
 
+def norm_columns_failures(rows, widths, style, dtype, device):
+    """What is wrong with norms over two groups of columns of a wider buffer, from one buffer into another and back in place."""
+    first, second = widths
+    total = first + second
+    raw, grad = draw(dtype, device, (rows, total + 16), (rows, total + 32))
+    before, out = grad.clone(), torch.full((rows, total + 8), 7.0, device=device, dtype=dtype)
+    checks = {}
+    for start, width in ((0, first), (first, second)):
+        at = slice(start, start + width)
+        (weight,) = draw(dtype, device, (width,), seed=width)
+        x, rstd, same = norm_forward(raw[:, at], weight, EPS, style, into=out[:, at])
+        norm_backward(grad[:, at], raw[:, at], rstd, weight, style, into=grad[:, at])
+        truth = norm_truth(raw[:, at], weight, style)
+        checks |= {
+            f"x from {start}": fits(out[:, at], truth[0], dtype) and x.data_ptr() == out[:, at].data_ptr(),
+            f"rstd from {start}": fits(rstd, truth[1], torch.float32),
+            f"dh from {start}": fits(grad[:, at], norm_backward_truth(before[:, at], raw[:, at], weight, style), dtype),
+            f"no copy from {start}": same.data_ptr() == raw[:, at].data_ptr(),
+        }
+    rest = slice(total, None)
+    return failures(checks | {"columns beyond": bool((out[:, rest] == 7).all()) and torch.equal(grad[:, rest], before[:, rest])})
+
+
 def rotate_failures(sizes, cos, sin, inverse, dtype, device):
     """What is wrong with RoPE in place. sizes: (heads, head width, features that turn, columns beyond the heads)."""
     heads, width, rotary, beyond = sizes
@@ -207,6 +230,12 @@ def row_operations(width, head, dtype, device):
         _, rstd, _ = norm_forward(h, weight, EPS, "offset")
         return norm_backward(dx, h, rstd, weight, "offset", residual=residual, emit=True)
 
+    def norm_columns(h, dx):
+        dx, part = dx.clone(), slice(0, head)
+        x, rstd, _ = norm_forward(h[:, part], short, EPS, "round_last")
+        norm_backward(dx[:, part], h[:, part], rstd, short, "round_last", into=dx[:, part])
+        return x, rstd, dx
+
     def rope(x, cos, sin):
         x = x.clone()
         rotate(x, cos, sin, heads, head)
@@ -226,6 +255,7 @@ def row_operations(width, head, dtype, device):
         "norm": ((full, full), norm),
         "norm_backward": ((full, full, full), norm_back),
         "norm_narrow": ((turned,), lambda h: norm_forward(h, short, EPS, "round_first")),
+        "norm_columns": ((full, full), norm_columns),
         "rope": ((full, turned, turned), rope),
         "head_norm": ((full, full, turned, turned), head_norm),
         "glu": (((2 * width,), full), gate),

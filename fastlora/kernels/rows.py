@@ -38,6 +38,13 @@ def ready(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.data_ptr() % ALIGN_BYTES else tensor
 
 
+def rows_ready(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` [M, K] if its rows are contiguous and apart, as columns of a wider buffer are, and begin at a 16-byte line; else a copy
+    that is :func:`ready`."""
+    apart = tensor.stride(1) == 1 and (tensor.shape[0] < 2 or tensor.stride(0) >= tensor.shape[1])
+    return tensor if apart and not tensor.data_ptr() % ALIGN_BYTES else ready(tensor)
+
+
 def check_rows(name: str, tensor: torch.Tensor, columns: int) -> None:
     """Refuse what a kernel cannot read or write in place: rows of at least ``columns``, contiguous, from a 16-byte line.
 

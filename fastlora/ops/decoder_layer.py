@@ -5,7 +5,8 @@
 
 Every product is a group of projections with their adapters (ops/projections.py), every other kernel works row by row or document by
 document, so the layer's bits do not depend on what else is in the stream. Kept for the backward: h, the rotated q, k and v, o, h1,
-gate and up, and the low-rank S. Computed again: the norms' outputs and the gate's product. Under checkpointing only h is kept.
+gate and up, and the low-rank S. Norms of queries and keys keep their statistics and the product before them (v is a part of it), post1
+and post2 the products that they read. Computed again: the outputs of norm1, norm2 and the gate. Under checkpointing only h is kept.
 
 Source of what is kept and what is not: Chen et al., "Training deep nets with sublinear memory cost" (2016); Hsu et al., "Liger kernel"
 (2024).
@@ -43,7 +44,8 @@ class Plan:
     Attributes:
         qkv, o, gate_up, down: its products.
         before_attention, after_attention, before_mlp, after_mlp: its norms; None where the family has none.
-        head_norms: (of queries, of keys), or None. heads, key_heads, head_dim: sizes. rope: False for a layer without RoPE.
+        head_norms: (of queries, of keys), or None; of each head where their weights are [head_dim], else (OLMo 2) of all heads
+            at once. heads, key_heads, head_dim: sizes. rope: False for a layer without RoPE.
         scale, window, softcap: of attention. activation: of the gate. residual: m above.
         checkpoint: keep h alone and compute the layer again in the backward.
     """
@@ -52,8 +54,8 @@ class Plan:
     o: Projections
     gate_up: Projections
     down: Projections
-    before_attention: Norm
-    before_mlp: Norm
+    before_attention: Norm | None
+    before_mlp: Norm | None
     heads: int
     key_heads: int
     head_dim: int
@@ -67,6 +69,11 @@ class Plan:
     softcap: float | None = None
     residual: float = 1.0
     checkpoint: bool = False
+
+    @property
+    def norms_span_heads(self) -> bool:
+        """Whether the norms of queries and keys run over all heads at once."""
+        return self.head_norms is not None and self.head_norms[0].weight.numel() != self.head_dim
 
     @property
     def groups(self) -> tuple[Projections, ...]:
@@ -108,6 +115,46 @@ def _split(plan: Plan, qk: torch.Tensor, v: torch.Tensor):
     return _heads(qk, 0, n, d), _heads(qk, n, m, d), _heads(v, n + m, m, d)
 
 
+def _angles(plan: Plan, place: Place):
+    return (place.cos, place.sin) if plan.rope else (None, None)
+
+
+def _whole(plan: Plan, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(all heads of the queries [T, heads * head_dim], all of the keys [T, key_heads * head_dim]) as columns of ``buffer``."""
+    n, m = plan.heads * plan.head_dim, plan.key_heads * plan.head_dim
+    return buffer[:, :n], buffer[:, n : n + m]
+
+
+def _rotated(plan: Plan, qkv: torch.Tensor, place: Place):
+    """(queries and keys after their norms and RoPE, the norms' statistics or None): qkv itself, turned in place, without norms."""
+    n, m, d, (cos, sin) = plan.heads, plan.key_heads, plan.head_dim, _angles(plan, place)
+    if plan.head_norms is not None and not plan.norms_span_heads:
+        q_norm, k_norm = plan.head_norms
+        return head_norm_rotate(qkv, q_norm.weight, k_norm.weight, q_norm.eps, q_norm.style, cos, sin, n, m, d)
+    rotated, rstd = qkv, None
+    if plan.norms_span_heads:
+        rotated = torch.empty(qkv.shape[0], (n + m) * d, device=qkv.device, dtype=qkv.dtype)
+        each = zip(plan.head_norms, _whole(plan, qkv), _whole(plan, rotated))
+        rstd = [norm_forward(raw, norm.weight, norm.eps, norm.style, into=into)[1] for norm, raw, into in each]
+    if plan.rope:
+        rotate(rotated, cos, sin, n + m, d)
+    return rotated, rstd
+
+
+def _rotated_backward(plan: Plan, dqkv: torch.Tensor, place: Place, kept: _Saved) -> None:
+    """Overwrite the columns of queries and keys by the gradient of what :func:`_rotated` took."""
+    n, m, d, (cos, sin) = plan.heads, plan.key_heads, plan.head_dim, _angles(plan, place)
+    if plan.head_norms is not None and not plan.norms_span_heads:
+        q_norm, k_norm = plan.head_norms
+        head_norm_rotate_backward(dqkv, kept.raw, kept.rstd, q_norm.weight, k_norm.weight, q_norm.style, cos, sin, n, m, d)
+        return
+    if plan.rope:
+        rotate(dqkv, cos, sin, n + m, d, inverse=True)
+    if plan.norms_span_heads:
+        for norm, grad, raw, rstd in zip(plan.head_norms, _whole(plan, dqkv), _whole(plan, kept.raw), kept.rstd):
+            norm_backward(grad, raw, rstd, norm.weight, norm.style, into=grad)
+
+
 def _drops(plan: Plan, place: Place, device: torch.device):
     return [group.dropout(place.stream, device) for group in plan.groups]
 
@@ -119,16 +166,8 @@ def _attention_part(plan: Plan, h: torch.Tensor, place: Place, drops, kept: _Sav
     if norm is not None:
         x, kept.rstd1, _ = norm_forward(h, norm.weight, norm.eps, norm.style)
     qkv, s_qkv = plan.qkv.forward(x, drops[0])
-    kept.raw, kept.rstd, rotated = None, None, qkv
-    cos, sin = (place.cos, place.sin) if plan.rope else (None, None)
-    if plan.head_norms is not None:
-        q_norm, k_norm = plan.head_norms
-        rotated, kept.rstd = head_norm_rotate(
-            qkv, q_norm.weight, k_norm.weight, q_norm.eps, q_norm.style, cos, sin, plan.heads, plan.key_heads, plan.head_dim
-        )
-        kept.raw = qkv
-    elif plan.rope:
-        rotate(qkv, cos, sin, plan.heads + plan.key_heads, plan.head_dim)
+    kept.raw = qkv if plan.head_norms is not None else None
+    rotated, kept.rstd = _rotated(plan, qkv, place)
     q, k, v = _split(plan, rotated, qkv)
     o, kept.lse = attention_forward(q, k, v, place.edges, plan.scale, plan.window, plan.softcap)
     kept.qkv, kept.o = rotated, o.view(o.shape[0], -1)
@@ -207,12 +246,7 @@ def _attention_backward(plan: Plan, dh1: torch.Tensor, place: Place, drops, kept
         do.view(rows, n, d), q, k, v, kept.o.view(rows, n, d), kept.lse, place.edges, plan.scale, plan.window, plan.softcap,
         into=_split(plan, dqkv, dqkv),
     )  # fmt: skip
-    cos, sin = (place.cos, place.sin) if plan.rope else (None, None)
-    if plan.head_norms is not None:
-        q_norm, k_norm = plan.head_norms
-        head_norm_rotate_backward(dqkv, kept.raw, kept.rstd, q_norm.weight, k_norm.weight, q_norm.style, cos, sin, n, m, d)
-    elif plan.rope:
-        rotate(dqkv, cos, sin, n + m, d, inverse=True)
+    _rotated_backward(plan, dqkv, place, kept)
     dx, ds, db = plan.qkv.backward(dqkv, kept.s[0], drops[0], place.chunks, needs_dx=needs_dh)
     norm, x, dh = plan.before_attention, kept.h, None
     if norm is None:

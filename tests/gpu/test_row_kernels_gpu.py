@@ -15,7 +15,7 @@ from tests.models import tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 DTYPES = pytest.mark.parametrize("dtype", list(cases.UNIT), ids=lambda d: str(d)[6:])
-OPERATIONS = ("norm", "norm_backward", "norm_narrow", "rope", "head_norm", "glu")
+OPERATIONS = ("norm", "norm_backward", "norm_narrow", "norm_columns", "rope", "head_norm", "glu")
 
 
 @DTYPES
@@ -35,6 +35,13 @@ def test_norm_matches_float64(rows, width, style, dtype):
             dh, again = norm_backward(dx, total, rstd, weight, style, residual=residual, emit=True)
             assert cases.fits(dh, cases.norm_backward_truth(dx, total, weight, style, residual), dtype)
             assert torch.equal(again, x)
+
+
+@DTYPES
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("widths", [(2048, 2048), (5120, 1024), (16384, 64)], ids=str)
+def test_norm_of_columns_matches_float64_and_touches_nothing_else(widths, style, dtype):
+    assert cases.norm_columns_failures(67, widths, style, dtype, "cuda") == []
 
 
 # heads, head width, features that turn, columns beyond the heads, rows

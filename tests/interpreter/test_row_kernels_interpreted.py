@@ -48,6 +48,22 @@ def test_norm_backward_matches_float64(rows, width, style, dtype):
         assert torch.equal(again, x) if extra is None else again is None
 
 
+@DTYPES
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("widths", [(32, 16), (40, 8)], ids=str)
+def test_norm_of_columns_matches_float64_and_touches_nothing_else(widths, style, dtype):
+    assert cases.norm_columns_failures(5, widths, style, dtype, "cpu") == []
+
+
+def test_norm_refuses_a_target_that_it_cannot_write_in_place():
+    h, weight = torch.ones(4, 8), torch.ones(8)
+    for into, said in ((torch.zeros(4, 7), "shape"), (torch.zeros(8, 4).t(), "strides"), (torch.zeros(4, 9)[:, 1:], "16-byte")):
+        with pytest.raises(InputError, match=f"into.*{said}"):
+            norm_forward(h, weight, cases.EPS, "round_last", into=into)
+        with pytest.raises(InputError, match=f"into.*{said}"):
+            norm_backward(h, h, torch.ones(4), weight, "round_last", into=into)
+
+
 # heads, head width, features that turn, columns beyond the heads
 HEADS = [(3, 16, 16, 0), (5, 24, 24, 8), (2, 16, 8, 3), (1, 10, 6, 0)]
 IDS = [f"h{h}-d{d}-r{r}-beyond{b}" for h, d, r, b in HEADS]

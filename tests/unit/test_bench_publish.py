@@ -32,7 +32,8 @@ def results() -> dict[str, dict]:
         "system": "fastlora", "baseline": "frozen", "time": TIME, "baseline_time": TIME, "over_baseline": RATIO, "control": CONTROL,
         "peak_bytes": 2**30, "baseline_peak_bytes": 2**29,
     }  # fmt: skip
-    small = block | {"case": "small-linear-x", "baseline": "peft", "graph": {"over_baseline": RATIO}}
+    small = block | {"case": "small-linear-x", "baseline": "peft", "tokens": 1024}
+    small["graph"] = {"over_baseline": RATIO, "baseline_time": TIME, "control": CONTROL}
     rows = [
         step_row("frozen", attention_kernels=["flash_fwd"]), step_row("fastlora", with_optimizer=RATIO | {"median_ms": 470.0}),
         step_row("peft"), step_row("fastlora+rows", padded_tokens=9000), {"system": "fastlora+cap23", "cap_gib": 23, "fits": True},
@@ -90,6 +91,30 @@ def test_publish_prints_what_exactness_costs(place):
     text = place[1].read_text()
     assert "exact over float sums, same kernels: 1.200 x." in text
     assert "exact over the fastest non-exact configuration: 1.250 x." in text
+
+
+def made_up(tokens: int, wall: float, gpu: float | None, system: str = "fastlora") -> dict:
+    """A row of the small linear that nobody measured."""
+    row = results()["b-block"]["rows"][1] | {"case": f"small-linear-made-up-m{tokens}", "system": system, "tokens": tokens}
+    row["over_baseline"] = RATIO | {"median": wall}
+    timed = {"over_baseline": RATIO | {"median": gpu}, "baseline_time": TIME | {"median_ms": 0.125}, "control": CONTROL}
+    return row | {"graph": {"not_timed": "not tried: no GPU"} if gpu is None else timed}
+
+
+def test_small_table_tells_what_is_above_pefts_maths_and_from_which_tokens():
+    rows = [made_up(128, 3.0, 2.0), made_up(512, 2.5, 1.25), made_up(1024, 1.5, 0.75, "fastlora-float"), made_up(2048, 0.5, 0.5)]
+    text = tables.small_table({"rows": rows, "provenance": said("2026-11-25")})
+    assert len([line for line in text.splitlines() if line.startswith("| small-linear")]) == 4
+    assert "GPU time above PEFT's maths from 512 tokens on: small-linear-made-up-m512, fastlora (1.250) of 3." in text
+    assert "Wall clock above PEFT's maths from 1,024 tokens on: small-linear-made-up-m1024, fastlora-float (1.500) of 2." in text
+    assert "| small-linear-made-up-m1024 | float | 450.000 | 1.500 (0.790-0.820) | 0.125 | 0.750 (0.790-0.820) |" in text
+    assert "Graph replay: A/A controls: 1.001 to 1.001" in text
+
+
+def test_small_table_says_that_graphs_were_not_tried_and_that_none_is_above():
+    text = tables.small_table({"rows": [made_up(1024, 0.9, None)], "provenance": said("2026-11-25")})
+    assert "| not tried: no GPU |" in text and "Graph replay" not in text and "GPU time above" not in text
+    assert "Wall clock above PEFT's maths from 1,024 tokens on: none of 1." in text
 
 
 def test_publish_takes_the_newest_of_each_device(place):
