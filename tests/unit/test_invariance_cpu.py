@@ -56,13 +56,15 @@ CONFIGS = {
     "qwen3_moe": Qwen3MoeConfig(**TINY, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24),
     "mixtral": MixtralConfig(**TINY, num_local_experts=4, num_experts_per_tok=2),
 }
+EXPERTS = {"qwen3_moe, adapters on experts": "qwen3_moe", "mixtral, adapters on experts": "mixtral"}
+ON_EXPERTS = {"dropout": 0.0, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 LENGTHS = (150, 17, 60)
 
 
-def build(config, dropout=0.1, targets=None):
+def build(config, dropout=0.1, targets=None, **keywords):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).requires_grad_(False)
-    keywords = {"target_modules": targets} if targets else {}
+    keywords |= {"target_modules": targets} if targets else {}
     inject(model, LoraConfig(r=4, lora_dropout=dropout, **keywords), seed=0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -120,9 +122,9 @@ def _threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("name", [*CONFIGS, *EXPERTS])
 def test_make_invariant_one_result_for_every_split_and_thread_count(name):
-    model = build(CONFIGS[name])
+    model = build(CONFIGS[EXPERTS.get(name, name)], **ON_EXPERTS if name in EXPERTS else {})
     done = make_invariant(model)
     assert done.not_exact == []
     rows, totals, units = step(model, [(0, 1, 2)], 1)
