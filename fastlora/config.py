@@ -368,8 +368,8 @@ def _names_or_regex(name: str, value: Any) -> list[str] | str | None:
     if not isinstance(value, (list, tuple, set, frozenset)) or not all(
         isinstance(v, str) and v for v in value
     ):
-        one = "" if name == "target_parameters" else ", or one regular expression"
-        raise _wrong(name, value, f"a list of names{one}")
+        allowed = "parameter names" if name == "target_parameters" else "module names, or one regular expression"
+        raise _wrong(name, value, f"a list of {allowed}")
     if len(set(value)) != len(value):
         twice = sorted({v for v in value if list(value).count(v) > 1})
         raise _wrong(name, list(value), f"every name once ({', '.join(twice)} stands there twice)")
