@@ -72,7 +72,9 @@ class ExpertLora(nn.Module):
 
     def products(self, weight: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
         """``(weight [N, K], A [r, K], B [N, r])`` of every expert, as views; ``weight`` has the shape [E, N, K]."""
-        return list(zip(weight.unbind(0), self._of_a(self.lora_A.weight).unbind(0), self._of_b(self.lora_B.weight).unbind(2)))
+        return list(
+            zip(weight.unbind(0), self._of_a(self.lora_A.weight).unbind(0), self._of_b(self.lora_B.weight).unbind(2))
+        )
 
     def _of_a(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.view(-1, self.rank, tensor.shape[1])  # [E, r, K]
@@ -85,7 +87,9 @@ class ExpertLora(nn.Module):
         if not self.exact:
             return None
         a, b = self.sums
-        return SumSlice(a, lambda total: self._of_a(total)[expert]), SumSlice(b, lambda total: self._of_b(total)[..., expert])
+        return SumSlice(a, lambda total: self._of_a(total)[expert]), SumSlice(
+            b, lambda total: self._of_b(total)[..., expert]
+        )
 
     def extra_repr(self) -> str:
         return f"{self.parameter}, r={self.rank}, scaling={self.scaling:g}" + (", merged" if self.merged else "")
@@ -116,17 +120,20 @@ class LoraExperts(ExpertLora):
         self._base = (base,)
         self.train(base.training)
 
-    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
         """hidden_states [T, H], the k experts of each token [T, k] and their weights [T, k] -> [T, H].
 
         An index beyond the experts (a token that is another process's) adds nothing.
         """
         out = torch.zeros_like(hidden_states)
         up_of, down_of = self._product("gate_up_proj"), self._product("down_proj")
+        by_place = top_k_index.T
         for expert in top_k_index.unique().tolist():
             if expert >= len(self.gate_up_proj):
                 continue
-            place, token = torch.where(top_k_index.T == expert)
+            place, token = torch.where(by_place == expert)
             gate, up = up_of(hidden_states[token], expert).chunk(2, dim=-1)
             y = down_of(self.act_fn(gate) * up, expert) * top_k_weights[token, place, None]
             out.index_add_(0, token, y.to(out.dtype))

@@ -28,7 +28,9 @@ def resolve_parameters(
     if names is None:
         return {}
     modules = {path: module for path, module in model.named_modules(remove_duplicate=False) if path}
-    parameters = {f"{path}.{name}": p for path, module in modules.items() for name, p in module.named_parameters(recurse=False)}
+    parameters = {
+        f"{path}.{name}": p for path, module in modules.items() for name, p in module.named_parameters(recurse=False)
+    }
     found = [path for path in parameters if names_match(names, path)]
     if not lenient:
         _check_each_matches_once(names, found, modules)
@@ -41,8 +43,10 @@ def resolve_parameters(
         _check_parameter(path, modules[owner], model)
         shared = [other for other, p in parameters.items() if p is parameters[path] and other != path]
         if shared:
-            raise InputError(f"target_parameters: {path} is the same parameter as {', '.join(shared)}; allowed are parameters with "
-                             "one place in the model")
+            raise InputError(
+                f"target_parameters: {path} is the same parameter as {', '.join(shared)}; allowed are parameters with "
+                "one place in the model"
+            )
         chosen.setdefault(owner, (modules[owner], []))[1].append(name)
     return chosen
 
@@ -59,17 +63,16 @@ def experts_of(paths: dict[str, nn.Module]) -> tuple[str, list[str]] | None:
 def why_no_linear(path: str, parameters: list[str]) -> str:
     """Why experts are no ``target_modules``, and what to give instead."""
     instead = [".".join([*path.split(".")[-2:], name]) for name in parameters]
-    return (f"{path} holds all its experts in {' and '.join(parameters)} of three dimensions, which are no modules; give "
-            f"target_parameters={instead!r} (an A and a B for each expert)")
+    return (
+        f"{path} holds all its experts in {' and '.join(parameters)} of three dimensions, which are no modules; give "
+        f"target_parameters={instead!r} (an A and a B for each expert)"
+    )
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether anything watches the module's forward or backward."""
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
@@ -80,37 +83,51 @@ def _check_each_matches_once(names: list[str], found: list[str], modules: dict[s
     for path in found:
         both = [name for name in names if names_match([name], path)]
         if len(both) > 1:
-            raise InputError(f"target_parameters: {path} is matched twice, by {' and '.join(map(repr, both))}; allowed is one name a "
-                             "parameter")
+            raise InputError(
+                f"target_parameters: {path} is matched twice, by {' and '.join(map(repr, both))}; allowed is one name a "
+                "parameter"
+            )
 
 
 def _check_other_fields(config: LoraConfig, found: list[str]) -> None:
     """Fields that speak of modules alone, in PEFT too, must not seem to speak of parameters."""
     if config.layers_to_transform is not None:
-        raise InputError(f"layers_to_transform is {config.layers_to_transform!r} beside target_parameters, which it does not choose "
-                         "from (as in PEFT); allowed is None, and target_parameters that name the layers, such as "
-                         f"{found[0]!r}")
+        raise InputError(
+            f"layers_to_transform is {config.layers_to_transform!r} beside target_parameters, which it does not choose "
+            "from (as in PEFT); allowed is None, and target_parameters that name the layers, such as "
+            f"{found[0]!r}"
+        )
     for path in found:
         owner = path.rpartition(".")[0]
         if config.exclude_modules and any(names_match(config.exclude_modules, place) for place in (owner, path)):
-            raise InputError(f"exclude_modules is {config.exclude_modules!r}, which matches {path}; it excludes no parameter (as in "
-                             "PEFT): leave it out of target_parameters")
+            raise InputError(
+                f"exclude_modules is {config.exclude_modules!r}, which matches {path}; it excludes no parameter (as in "
+                "PEFT): leave it out of target_parameters"
+            )
 
 
 def _check_parameter(path: str, module: nn.Module, model: nn.Module) -> None:
     owner, _, name = path.rpartition(".")
     kind, family = type(module).__name__, family_of(model)
     if isinstance(module, nn.Linear):
-        raise InputError(f"target_parameters: {path} belongs to a linear layer; give target_modules={[owner.rpartition('.')[2]]!r}")
+        raise InputError(
+            f"target_parameters: {path} belongs to a linear layer; give target_modules={[owner.rpartition('.')[2]]!r}"
+        )
     if kind not in family.by_token or not _has_shapes(module):
         known = ", ".join(row.model_type for row in FAMILIES.values() if row.by_token)
-        raise InputError(f"target_parameters: {path} belongs to a {kind} of model type {family.model_type!r}; allowed are "
-                         f"{' and '.join(_PARAMETERS)} of the experts of {known}")
+        raise InputError(
+            f"target_parameters: {path} belongs to a {kind} of model type {family.model_type!r}; allowed are "
+            f"{' and '.join(_PARAMETERS)} of the experts of {known}"
+        )
     if has_hooks(module) or nn.utils.parametrize.is_parametrized(module):
-        raise InputError(f"target_parameters: {owner} carries hooks or a parametrization that its replacement would drop; allowed are "
-                         "plain modules of experts")
+        raise InputError(
+            f"target_parameters: {owner} carries hooks or a parametrization that its replacement would drop; allowed are "
+            "plain modules of experts"
+        )
     if not module._parameters[name].is_floating_point():
-        raise InputError(f"target_parameters: {path} is of type {module._parameters[name].dtype}; allowed are floating-point weights")
+        raise InputError(
+            f"target_parameters: {path} is of type {module._parameters[name].dtype}; allowed are floating-point weights"
+        )
 
 
 def _has_shapes(module: nn.Module) -> bool:
@@ -118,7 +135,10 @@ def _has_shapes(module: nn.Module) -> bool:
     if set(module._parameters) != set(_PARAMETERS):
         return False
     up, down = (module._parameters[name] for name in _PARAMETERS)
-    return up.dim() == down.dim() == 3 and (up.shape[0], up.shape[2], up.shape[1]) == (*down.shape[:2], 2 * down.shape[2])
+    return up.dim() == down.dim() == 3 and (up.shape[0], up.shape[2], up.shape[1]) == (
+        *down.shape[:2],
+        2 * down.shape[2],
+    )
 
 
 def _nothing(names: list[str], modules: dict[str, nn.Module]) -> str:
