@@ -87,9 +87,8 @@ class ExpertLora(nn.Module):
         if not self.exact:
             return None
         a, b = self.sums
-        return SumSlice(a, lambda total: self._of_a(total)[expert]), SumSlice(
-            b, lambda total: self._of_b(total)[..., expert]
-        )
+        of_a = SumSlice(a, lambda total: self._of_a(total)[expert])
+        return of_a, SumSlice(b, lambda total: self._of_b(total)[..., expert])
 
     def extra_repr(self) -> str:
         return f"{self.parameter}, r={self.rank}, scaling={self.scaling:g}" + (", merged" if self.merged else "")
