@@ -44,7 +44,7 @@ class TokenSum:
 
     def __init__(self, shape: Iterable[int], device: torch.device | str = "cpu") -> None:
         self.total = torch.zeros(tuple(shape), dtype=torch.int64, device=device)
-        self.stats = torch.tensor([NO_CHUNK, 0, 0, 0], dtype=torch.int64, device=device)
+        self.stats = _empty_stats(self.total.device).clone()
         self.chunks = 0
         self.accepting = True
         self.pending = False

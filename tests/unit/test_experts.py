@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from fastlora import certificate
@@ -22,7 +22,8 @@ from fastlora.inject import eject, inject, lora_layers
 from fastlora.merge import merge, merge_cost, unmerge
 from fastlora.vllm_export import export_for_vllm
 from tests.models import EXPERTS, ON_EXPERTS, raw, tiny_model, tokens
-from tests.unit.tiny_run import train
+from tests.unit.tiny_run import run_command, train, write_rows
+from tests.unit.tiny_tokenizer import make_tokenizer
 
 FAMILIES = sorted(EXPERTS)
 
@@ -248,3 +249,30 @@ def test_trainer_on_attention_and_experts_gives_one_adapter_for_every_cut(model_
     assert sum("experts" in row["name"] for row in tensors) == 8
     assert all(row["changed"] > 0 for row in tensors)
     assert found[0].losses[-1][1] < found[0].losses[0][1]
+
+
+def test_train_command_on_experts_stopped_and_resumed(tmp_path, capsys):
+    model = tiny_model("qwen3_moe", vocab_size=330, max_position_embeddings=512, **EXPERTS["qwen3_moe"])
+    model.save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    data = write_rows(tmp_path / "rows.jsonl")
+    common = ["train", "--model", tmp_path / "base", "--data", data, "--rank", "4", "--batch-size", "6", "--target-parameters",
+              "mlp.experts.gate_up_proj, mlp.experts.down_proj", "--learning-rate", "1e-2"]  # fmt: skip
+    whole = run_command(capsys, *common, "--output", tmp_path / "whole", "--steps", "2")
+    assert whole[0] == 0 and "gate_up_proj x2" in whole[1]
+    lora = ON_EXPERTS | {"base_model_name_or_path": str(tmp_path / "base")}
+    train(tmp_path, "cut", model=model, lora=lora, data=data, steps=2, checkpoint_every=1, stop_after=1)
+    again = copy.deepcopy(eject(model))
+    train(
+        tmp_path,
+        "cut",
+        model=again,
+        lora=lora,
+        data=data,
+        steps=2,
+        checkpoint_every=1,
+        resume=True,
+        micro_batch_tokens=160,
+    )
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert raw(one.items()) == raw(two.items()) and len(one) == 2 * 2 * (4 + 2)
