@@ -1,8 +1,9 @@
 """Adapters on disk: PEFT's files, with stable bytes and strict keys.
 
 ``adapter_model.safetensors`` holds ``base_model.model.<module path>.lora_A.weight`` [r, K] and
-``.lora_B.weight`` [N, r] (of expert weights [E r, K] and [N, r E], see fastlora/experts.py); ``adapter_config.json`` holds PEFT's configuration. Nothing about the run
-is in either, so two equal adapters are two equal files and plain ``md5sum`` compares them.
+``.lora_B.weight`` [N, r] (of expert weights [E r, K] and [N, r E], see fastlora/experts.py);
+``adapter_config.json`` holds PEFT's configuration. Nothing about the run is in either, so two equal
+adapters are two equal files and plain ``md5sum`` compares them.
 """
 
 from __future__ import annotations

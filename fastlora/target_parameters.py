@@ -54,10 +54,14 @@ def resolve_parameters(
 def experts_of(paths: dict[str, nn.Module]) -> tuple[str, list[str]] | None:
     """The first module that keeps its experts as bare parameters, and their names."""
     for path, module in paths.items():
-        found = [n for n, p in module.named_parameters(recurse=False) if p.dim() == 3]
+        found = _of_experts(module)
         if found and "experts" in path.lower() + type(module).__name__.lower():
             return path, found
     return None
+
+
+def _of_experts(module: nn.Module) -> list[str]:
+    return [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3]
 
 
 def why_no_linear(path: str, parameters: list[str]) -> str:
@@ -134,17 +138,13 @@ def _has_shapes(module: nn.Module) -> bool:
     """Whether this is what fastlora.experts computes: [E, 2 I, H] and [E, H, I], and nothing more."""
     if set(module._parameters) != set(_PARAMETERS):
         return False
-    up, down = (module._parameters[name] for name in _PARAMETERS)
-    return up.dim() == down.dim() == 3 and (up.shape[0], up.shape[2], up.shape[1]) == (
-        *down.shape[:2],
-        2 * down.shape[2],
-    )
+    up, down = (module._parameters[name].shape for name in _PARAMETERS)
+    return len(down) == 3 and up == (down[0], 2 * down[2], down[1])
 
 
 def _nothing(names: list[str], modules: dict[str, nn.Module]) -> str:
     what = f"target_parameters is {names!r}" if len(names) > 1 else f"target_parameters: {names[0]!r}"
-    paths = [f"{path}.{name}" for path, module in modules.items() for name in _PARAMETERS
-             if name in module._parameters and module._parameters[name].dim() == 3]  # fmt: skip
+    paths = [f"{path}.{name}" for path, module in modules.items() for name in _of_experts(module)]
     if not paths:
         return f"{what}: matches nothing; the model keeps no experts as parameters, give target_modules"
     endings = sorted({".".join(path.split(".")[-3:]) for path in paths})

@@ -67,3 +67,5 @@ def test_adamw_gives_one_adapter_of_attention_and_experts_for_every_split(model_
     # Exact sums alone are not enough: without the fixed tiles an expert's tokens of several rows are one chunk.
     monkeypatch.setattr(invariant, "_tile_experts", lambda model, done: None)
     assert len({subject.train(rows, split, steps=2).digest for split in cases.FEW[:2]}) == 2
+    named = dict(invariant.make_invariant(subject.model).not_exact)
+    assert named["model.layers.0.mlp.experts"] == "LoraExperts: its products do not run in fixed blocks"
