@@ -1,8 +1,9 @@
 """Adapters on disk: PEFT's files, with stable bytes and strict keys.
 
 ``adapter_model.safetensors`` holds ``base_model.model.<module path>.lora_A.weight`` [r, K] and
-``.lora_B.weight`` [N, r]; ``adapter_config.json`` holds PEFT's configuration. Nothing about the run
-is in either, so two equal adapters are two equal files and plain ``md5sum`` compares them.
+``.lora_B.weight`` [N, r] (of expert weights [E r, K] and [N, r E], see fastlora/experts.py);
+``adapter_config.json`` holds PEFT's configuration. Nothing about the run is in either, so two equal
+adapters are two equal files and plain ``md5sum`` compares them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,9 +20,10 @@ from torch import nn
 
 from fastlora.config import LoraConfig
 from fastlora.errors import InputError, TrainingError
+from fastlora.experts import adapter_paths, factor_shapes
 from fastlora.files import atomic_write, atomic_write_text
 from fastlora.inject import _inject, injection, lora_layers, require_injection
-from fastlora.targets import resolve_targets
+from fastlora.targets import Targets, resolve_targets
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -107,21 +109,12 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     config, tensors = read_adapter(directory)
     existing = injection(model)
     if existing is None:
-        targets, _ = resolve_targets(model, config, lenient=True)
-        shapes = {
-            path: (module.in_features, module.out_features) for path, module in targets.items()
-        }
-        _check_tensors(
-            directory, tensors, {path: (*kn, config.rank_for(path)) for path, kn in shapes.items()}
-        )
+        _check_tensors(directory, tensors, _shapes_to_be(resolve_targets(model, config, lenient=True)))
         _inject(model, config, 0, lenient=True)
     else:
         _check_same(directory, model, config)
-        sizes = {
-            layer.path: (layer.in_features, layer.out_features, layer.rank)
-            for layer in lora_layers(model)
-        }
-        _check_tensors(directory, tensors, sizes)
+        shapes = {layer.path: (layer.lora_A.weight.shape, layer.lora_B.weight.shape) for layer in lora_layers(model)}
+        _check_tensors(directory, tensors, shapes)
     with torch.no_grad():
         for key, parameter in adapter_state(model).items():
             parameter.copy_(tensors[key])
@@ -160,6 +153,18 @@ def read_adapter(directory: str | os.PathLike) -> tuple[LoraConfig, dict[str, to
     return config, tensors
 
 
+def refuse_experts(config: LoraConfig, reader: str) -> None:
+    """For exports of the adapter alone: what ``reader`` has no place for.
+
+    Raises:
+        InputError: the adapter is on expert weights.
+    """
+    if config.target_parameters:
+        raise InputError(f"{reader}: the adapter is on expert weights (target_parameters={config.target_parameters!r}), which PEFT's "
+                         "file keeps as one block for all experts and other readers do not take; allowed are adapters on linear "
+                         "layers (fastlora merge writes a model with the adapter inside)")
+
+
 def _save_dtype(value: torch.dtype | str | None) -> torch.dtype:
     dtype = torch.float32 if value is None else _SAVE_DTYPES.get(value, value)
     if dtype not in _SAVE_DTYPES.values():
@@ -167,18 +172,30 @@ def _save_dtype(value: torch.dtype | str | None) -> torch.dtype:
     return dtype
 
 
+def _shapes_to_be(targets: Targets) -> dict[str, tuple[Sequence[int], Sequence[int]]]:
+    """Shapes of A and B by the path that each adapter will have."""
+    config = targets.config
+    shapes = {}
+    for path, module in targets.linear.items():
+        rank = config.rank_for(path)
+        shapes[path] = (rank, module.in_features), (module.out_features, rank)
+    for path, (module, names) in targets.experts.items():
+        for name, place in adapter_paths(path, names).items():
+            shapes[place] = factor_shapes(module._parameters[name], config.rank_for(f"{path}.{name}"))
+    return shapes
+
+
 def _check_tensors(
     directory: str | os.PathLike,
     tensors: dict[str, torch.Tensor],
-    sizes: dict[str, tuple[int, int, int]],
+    shapes: dict[str, tuple[Sequence[int], Sequence[int]]],
 ) -> None:
-    """Raise unless the file holds exactly A [r, K] and B [N, r] for every path of ``sizes`` (K, N,
-    r)."""
+    """Raise unless the file holds exactly A and B of the given shapes for every path."""
     file = pathlib.Path(directory) / WEIGHTS_FILE
     wanted = {}
-    for path, (columns, rows, rank) in sizes.items():
-        wanted[f"{_PREFIX}{path}.lora_A.weight"] = (rank, columns)
-        wanted[f"{_PREFIX}{path}.lora_B.weight"] = (rows, rank)
+    for path, of_path in shapes.items():
+        for name, shape in zip(("lora_A", "lora_B"), of_path):
+            wanted[f"{_PREFIX}{path}.{name}.weight"] = tuple(shape)
     missing, unexpected = (
         sorted(wanted.keys() - tensors.keys()),
         sorted(tensors.keys() - wanted.keys()),
@@ -201,7 +218,7 @@ def _check_same(directory: str | os.PathLike, model: nn.Module, config: LoraConf
     for layer in lora_layers(model):
         if layer.merged:
             raise InputError(f"model is merged ({layer.path}); unmerge(model) before load_adapter")
-        theirs = (config.rank_for(layer.path), config.scaling_for(layer.path))
+        theirs = (config.rank_for(layer.target), config.scaling_for(layer.target))
         if theirs != (layer.rank, layer.scaling):
             raise InputError(
                 f"{pathlib.Path(directory) / CONFIG_FILE}: r and scaling of {layer.path} are "

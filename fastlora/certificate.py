@@ -10,14 +10,16 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from safetensors import safe_open
 from torch import nn
 
+from fastlora import setup
 from fastlora.errors import InputError, TrainingError
+from fastlora.experts import ExpertLora
 from fastlora.modules import LoraLinear
 
 FILE = "merge_certificate.json"
@@ -159,7 +161,7 @@ def logit_change(text: str, beside: torch.Tensor, merged: torch.Tensor) -> Logit
     )
 
 
-def tensor_roundings(layers: Sequence[LoraLinear], folder: pathlib.Path) -> list[TensorRounding]:
+def tensor_roundings(layers: Sequence[LoraLinear | ExpertLora], folder: pathlib.Path) -> list[TensorRounding]:
     """Compare the weights written to ``folder`` with W + s B A of merged ``layers`` that kept their base.
 
     Raises:
@@ -169,13 +171,18 @@ def tensor_roundings(layers: Sequence[LoraLinear], folder: pathlib.Path) -> list
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             where |= dict.fromkeys(opened.keys(), file)
+    renamed = any(isinstance(layer, ExpertLora) and layer.weight_name not in where for layer in layers)
+    read = _as_read(folder) if renamed else {}
     found = []
     for layer in layers:
-        name = f"{layer.path}.weight"
-        if name not in where:
+        name = layer.weight_name
+        if name in where:
+            with safe_open(where[name], framework="pt") as opened:
+                row = _rounding(layer, name, opened.get_slice(name))
+        elif name in read:
+            row = _rounding(layer, name, read[name])
+        else:
             raise TrainingError(f"merge: {name} is not among the written tensors; nothing was kept")
-        with safe_open(where[name], framework="pt") as opened:
-            row = _rounding(layer, name, opened.get_slice(name))
         if not row.of_bound <= 1:
             raise TrainingError(f"merge: {name} was written {row.error:.3g} from W + s B A, where rounding to {row.dtype} "
                                 f"allows {row.bound:.3g}; nothing was kept")
@@ -183,17 +190,22 @@ def tensor_roundings(layers: Sequence[LoraLinear], folder: pathlib.Path) -> list
     return found
 
 
+def _as_read(folder: pathlib.Path) -> dict[str, torch.Tensor]:
+    """The folder's tensors by the model's own names: some families store their experts apart, and transformers joins them."""
+    import transformers
+
+    with setup.quiet():
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).state_dict()
+
+
 @torch.no_grad()
-def _rounding(layer: LoraLinear, name: str, written) -> TensorRounding:
-    """One tensor; ``written`` is a slice of an open safetensors file."""
-    a, s = layer.lora_A.weight.double().cpu(), layer.scaling
+def _rounding(layer: LoraLinear | ExpertLora, name: str, written) -> TensorRounding:
+    """One tensor; ``written`` is a slice of an open safetensors file, or a tensor."""
+    s = layer.scaling
     worst = {"error": 0.0, "bound": 0.0, "of_bound": 0.0, "adapter": 0.0}
     squares, moved, unmoved, dtype = [0.0, 0.0], 0, 0, None
-    for start in range(0, layer.out_features, _ROWS):
-        rows = slice(start, min(start + _ROWS, layer.out_features))
-        got, base = written[rows], layer.kept_base[rows].cpu()
+    for got, base, a, b in _blocks(layer, written):
         dtype = got.dtype
-        b = layer.lora_B.weight[rows].double().cpu()
         delta = s * (b @ a)
         exact = base.double() + delta
         # The float64 product, its scaling and the sum, here and in the merge: r + 2 roundings each.
@@ -208,6 +220,15 @@ def _rounding(layer: LoraLinear, name: str, written) -> TensorRounding:
         unmoved += int(((delta != 0) & (got.double() == base.double())).sum())
     lost = math.sqrt(squares[0] / squares[1]) if squares[1] else 0.0
     return TensorRounding(name, str(dtype).removeprefix("torch."), **worst, lost=lost, unmoved=unmoved / moved if moved else 0.0)
+
+
+def _blocks(layer: LoraLinear | ExpertLora, written) -> Iterator[tuple[torch.Tensor, ...]]:
+    """(written, base) [rows, K] and A, B in float64, a block of rows of one product after the other, on the CPU."""
+    for index, (base, a, b) in enumerate(layer.products(layer.kept_base)):
+        of_product, a = written[index] if layer.kept_base.dim() == 3 else written, a.double().cpu()
+        for start in range(0, base.shape[0], _ROWS):
+            rows = slice(start, min(start + _ROWS, base.shape[0]))
+            yield of_product[rows], base[rows].cpu(), a, b[rows].double().cpu()
 
 
 def _relative(dtype: torch.dtype) -> float:

@@ -40,6 +40,8 @@ def train(
     target_modules: Annotated[str | None, _option(
         "--target-modules", help="Names with commas between, one regular expression, or all-linear. "
         "[the seven projections]")] = None,
+    target_parameters: Annotated[str | None, _option(
+        "--target-parameters", help="Names of expert weights with commas between, such as mlp.experts.gate_up_proj. [none]")] = None,
     batch_size: Annotated[int | None, _option("--batch-size", help="Sequences per optimiser step. [16]")] = None,
     micro_batch_size: Annotated[int | None, _option(
         "--micro-batch-size", help="With the next: their product is the batch.")] = None,
@@ -116,8 +118,8 @@ def train(
 
 
 _LORA = {"rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "use_rslora": "use_rslora",
-         "target_modules": "target_modules", "init_lora_weights": "init_lora_weights", "use_dora": "use_dora",
-         "modules_to_save": "modules_to_save"}
+         "target_modules": "target_modules", "target_parameters": "target_parameters", "init_lora_weights": "init_lora_weights",
+         "use_dora": "use_dora", "modules_to_save": "modules_to_save"}
 
 
 def run(given: dict, lora_given: dict, console=None):
@@ -151,6 +153,8 @@ def run(given: dict, lora_given: dict, console=None):
         lora_given["init_lora_weights"] = {"true": True, "false": False}.get(init.lower(), init)
     if isinstance(lora_given.get("target_modules"), str):
         lora_given["target_modules"] = _targets(lora_given["target_modules"])
+    if isinstance(lora_given.get("target_parameters"), str):
+        lora_given["target_parameters"] = _names(lora_given["target_parameters"])
     lora = config_file.lora_config(stored.get("lora"), lora_given, config.model, file or rundir.RUN)
     return start(config, lora, console, stored if file is not None else None)
 
@@ -198,4 +202,8 @@ def _targets(text: str) -> list[str] | str:
     """Names between commas as a list; "all-linear" or a regular expression as it is."""
     if text == "all-linear" or set(text) & set("()[]|*+?^$\\"):
         return text
+    return _names(text)
+
+
+def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]

@@ -27,6 +27,7 @@ _TASKS = (
 _WHY = {
     "modules_to_save": "trained copies of whole modules: their gradients sum over tokens, and the exact sums and the "
     "fused layers know A and B alone; train the adapter, or all weights with another tool",
+    "dropout": "PEFT adds s B A to the experts' weights, where there is no input to drop, and refuses it too",
     "use_dora": "DoRA: its norm of W + s B A would have to be taken again at every step, and its magnitudes need "
     "sums over tokens that the exact sums do not have; rsLoRA at a higher rank is what there is",
     "pissa": "PiSSA, OLoRA and their kin take a part out of the base weights: the adapter file alone would then "
@@ -47,7 +48,6 @@ _REFUSED: dict[str, str] = {
     "megatron_config": "Megatron layers",
     "modules_to_save": _WHY["modules_to_save"],
     "monteclora_config": "MonteCLoRA",
-    "target_parameters": "LoRA on bare parameters (expert weights)",
     "trainable_token_indices": "trained token embeddings",
     "use_bdlora": "block-diagonal LoRA",
     "use_dora": _WHY["use_dora"],
@@ -103,6 +103,10 @@ class LoraConfig:
             targets only.
         task_type, base_model_name_or_path, revision: carried into the file, used by nothing here.
         modules_to_save, use_dora: None and False; anything else is refused, with the reason.
+        target_parameters: None, or names or path endings of parameters that hold all experts of a
+            mixture (``"mlp.experts.gate_up_proj"``): every expert gets an A and a B of rank ``r``.
+            ``target_modules`` may then be empty (None still means the family's projections);
+            ``lora_dropout`` must be 0. Keys of ``rank_pattern`` match the parameter's path.
 
     Raises:
         InputError: a field has a value that is not allowed; the message names field, value and what
@@ -126,6 +130,7 @@ class LoraConfig:
     revision: str | None = None
     modules_to_save: None = None
     use_dora: bool = False
+    target_parameters: list[str] | None = None
 
     def __post_init__(self) -> None:
         _check_rank("r", self.r)
@@ -156,15 +161,26 @@ class LoraConfig:
             raise _wrong("task_type", self.task_type, f"one of {', '.join(map(repr, _TASKS))}")
         for name in ("target_modules", "exclude_modules"):
             object.__setattr__(self, name, _names_or_regex(name, getattr(self, name)))
-        if self.target_modules is not None and not self.target_modules:
+        self._check_parameters()
+        if self.target_modules is not None and not self.target_modules and not self.target_parameters:
             raise _wrong(
                 "target_modules",
                 self.target_modules,
-                "None, at least one name, or a regular expression",
+                "None, at least one name, or a regular expression (an empty list beside "
+                "target_parameters alone)",
             )
         for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
             object.__setattr__(self, name, _pattern(name, getattr(self, name), check))
         self._check_layers()
+
+    def _check_parameters(self) -> None:
+        names = self.target_parameters
+        if isinstance(names, str):
+            raise _wrong("target_parameters", names, "None or a list of names (no regular expression, as in PEFT)")
+        names = _names_or_regex("target_parameters", names) or None
+        object.__setattr__(self, "target_parameters", names)
+        if names and self.lora_dropout:
+            raise _wrong("lora_dropout", self.lora_dropout, f"0 beside target_parameters ({_WHY['dropout']})")
 
     def _check_layers(self) -> None:
         allowed = "None, a layer index (0 or more), or a list of different ones"
@@ -227,6 +243,8 @@ class LoraConfig:
         for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
             if isinstance(result[name], (list, tuple)):
                 result[name] = sorted(result[name])
+        if self.target_parameters is None:  # unknown to PEFT before 0.17
+            del result["target_parameters"]
         result.update(rank_pattern=dict(self.rank_pattern), alpha_pattern=dict(self.alpha_pattern))
         result.update(peft_type="LORA", inference_mode=True, fan_in_fan_out=False)
         return dict(sorted(result.items()))
@@ -270,6 +288,8 @@ class LoraConfig:
         for name in ("rank_pattern", "alpha_pattern"):
             kept[name] = kept.get(name) or {}
         kept["modules_to_save"] = None
+        if kept.get("target_parameters") and kept.get("target_modules") is None:
+            kept["target_modules"] = []  # PEFT writes what it adapted: with no module named, none was
         kept["bias"] = kept.get("bias") or "none"
         if kept.get("init_lora_weights") in _INIT_OF_FILE_ONLY:
             kept["init_lora_weights"] = True
@@ -348,7 +368,8 @@ def _names_or_regex(name: str, value: Any) -> list[str] | str | None:
     if not isinstance(value, (list, tuple, set, frozenset)) or not all(
         isinstance(v, str) and v for v in value
     ):
-        raise _wrong(name, value, "a list of module names, or one regular expression")
+        allowed = "parameter names" if name == "target_parameters" else "module names, or one regular expression"
+        raise _wrong(name, value, f"a list of {allowed}")
     if len(set(value)) != len(value):
         twice = sorted({v for v in value if list(value).count(v) > 1})
         raise _wrong(name, list(value), f"every name once ({', '.join(twice)} stands there twice)")

@@ -8,6 +8,8 @@ from torch import nn
 
 from fastlora.callable_module import make_callable
 from fastlora.errors import InputError
+from fastlora.experts import ExpertLora
+from fastlora.inject import lora_layers
 from fastlora.modules import LoraLinear
 from fastlora.ops import backend
 
@@ -17,8 +19,8 @@ _FROZEN = "no adapter: frozen, computed in fixed blocks"
 
 @dataclass(frozen=True)
 class CoverageRow:
-    """One linear layer: its path, its name in the block, the backend that runs it, and the
-    reason."""
+    """One linear layer, or all experts' weights of one adapted parameter: its path, its name in the
+    block, the backend that runs it, and the reason."""
 
     path: str
     projection: str
@@ -27,7 +29,7 @@ class CoverageRow:
 
 
 def coverage(model: nn.Module, strict: bool = False) -> list[CoverageRow]:
-    """One row for every linear layer of the model, in the model's order.
+    """One row for every linear layer and every adapted parameter of the model, in the model's order.
 
     The backend is ``"triton"`` (the library's CUDA kernels, the fast path), ``"reference"`` (the
     library's torch path: every CPU run) or ``"eager"`` (torch's own linear layer: no adapter there,
@@ -42,9 +44,9 @@ def coverage(model: nn.Module, strict: bool = False) -> list[CoverageRow]:
     """
     rows = []
     for path, module in model.named_modules():
-        if isinstance(module, LoraLinear):
+        if isinstance(module, (LoraLinear, ExpertLora)):
             rows.append(
-                CoverageRow(module.path, module.path.rpartition(".")[2], *lora_backend(module))
+                CoverageRow(module.target, module.target.rpartition(".")[2], *lora_backend(module))
             )
         elif type(module).__name__ == "FrozenLinear":  # what fastlora.invariant puts in
             rows.append(CoverageRow(path, path.rpartition(".")[2], "reference", _FROZEN))
@@ -68,15 +70,16 @@ def coverage_lines(model: nn.Module) -> list[str]:
     ]
 
 
-def lora_backend(layer: LoraLinear) -> tuple[str, str]:
+def lora_backend(layer: LoraLinear | ExpertLora) -> tuple[str, str]:
     """Backend and reason of one adapted layer."""
     if layer.merged:
         return "eager", "merged: the adapter is inside the weight"
-    return backend.explain(layer.weight.device, layer.weight.dtype)
+    name, reason = backend.explain(layer.weight.device, layer.weight.dtype)
+    return name, f"{reason}, one expert after the other" if isinstance(layer, ExpertLora) else reason
 
 
 def _check_strict(model: nn.Module, rows: list[CoverageRow]) -> None:
-    adapted = {layer.path for layer in model.modules() if isinstance(layer, LoraLinear)}
+    adapted = {layer.target for layer in lora_layers(model)}
     if not adapted:
         raise InputError(
             "strict coverage: the model has no adapters; allowed is a model after inject"

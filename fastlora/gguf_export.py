@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastlora.adapter import read_adapter
+from fastlora.adapter import read_adapter, refuse_experts
 from fastlora.digest import PREFIX
 from fastlora.errors import InputError, TrainingError
 from fastlora.files import atomic_write
@@ -44,10 +44,11 @@ def write_adapter(adapter: str | os.PathLike, output: pathlib.Path, config: Any,
     Raises:
         InputError: an adapter that cannot be read, a family or target that is not known, or another ``dtype``.
     """
-    gguf, names = package(), Names(config)
     if dtype not in TYPES or dtype == "q8_0":
         raise InputError(f"dtype = {dtype!r}: allowed for an adapter are float32, float16, bfloat16")
     lora, tensors = read_adapter(adapter)
+    refuse_experts(lora, "format gguf")
+    gguf, names = package(), Names(config)
     paths = sorted({key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors})
     ranks = {path: tensors[f"{PREFIX}{path}.lora_A.weight"].shape[0] for path in paths}
     products = {path: lora.scaling_for(path) * ranks[path] for path in paths}

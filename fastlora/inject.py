@@ -12,6 +12,7 @@ from torch import nn
 from fastlora.callable_module import make_callable
 from fastlora.config import LoraConfig
 from fastlora.errors import InputError
+from fastlora.experts import ExpertLora, LoraExperts
 from fastlora.modules import LoraLinear
 from fastlora.targets import resolve_targets
 
@@ -31,8 +32,8 @@ class Injection:
 def inject(
     model: nn.Module, config: LoraConfig | None = None, *, seed: int | None = None
 ) -> nn.Module:
-    """Replace every targeted linear layer of ``model`` by a :class:`LoraLinear`, in place, and
-    return the model.
+    """Replace every targeted linear layer of ``model`` by a :class:`LoraLinear` and every module with
+    targeted expert weights by a :class:`LoraExperts`, in place, and return the model.
 
     Names, objects and bytes of all base parameters stay; they stop requiring gradients (``eject``
     gives that back), and the adapters' fp32 parameters are the only trainable ones. Each A is drawn
@@ -51,8 +52,8 @@ def inject(
 
     Raises:
         InputError: the model has adapters already; a target matches nothing, twice, or no plain
-            linear layer; it is the output head, or its weight is shared (tied); near misses are
-            listed. The model is then unchanged.
+            linear layer (no expert weights that are known); it is the output head, or its weight is
+            shared (tied); near misses are listed. The model is then unchanged.
     """
     config = LoraConfig() if config is None else config
     return _inject(model, config, seed, lenient=False)
@@ -66,19 +67,24 @@ def _inject(model: nn.Module, config: LoraConfig, seed: int | None, *, lenient: 
         raise InputError(
             "model has adapters already; eject(model) first, or load_adapter into the ones it has"
         )
-    targets, config = resolve_targets(model, config, lenient=lenient)
+    linear, experts, config = resolve_targets(model, config, lenient=lenient)
     trainable = tuple(
         name for name, parameter in model.named_parameters() if parameter.requires_grad
     )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for path, base in targets.items():
+    for path, base in linear.items():
         layer = LoraLinear(
             base, path, config.rank_for(path), config.scaling_for(path), config.lora_dropout
         )
-        if not layer.lora_A.weight.is_meta:
-            layer.reset(config.init_lora_weights, _generator(seed, path))
         _replace(model, path, layer)
+    for path, (base, names) in experts.items():
+        places = {name: f"{path}.{name}" for name in names}
+        adapted = {n: (config.rank_for(place), config.scaling_for(place)) for n, place in places.items()}
+        _replace(model, path, LoraExperts(base, path, adapted))
+    for layer in lora_layers(model):
+        if not layer.lora_A.weight.is_meta:
+            layer.reset(config.init_lora_weights, _generator(seed, layer.target))
     setattr(model, _RECORD, Injection(config, seed, trainable))
     return model
 
@@ -104,10 +110,12 @@ def eject(model: nn.Module, *, keep_merged: bool = False) -> nn.Module:
         unmerge(model)
     owner = record_owner(model)
     for layer in layers:
+        if not hasattr(layer, "_base"):  # inside a LoraExperts
+            continue
         (base,) = layer._base
-        # model.to() may have put new parameter objects into the LoraLinear: the base follows.
-        base.weight = layer.weight
-        base.register_parameter("bias", layer.bias)
+        # model.to() may have put new parameter objects into the layer: the base follows.
+        for name in list(base._parameters):
+            base.register_parameter(name, getattr(layer, name))
         base.train(layer.training)
         _replace(owner, layer.path, base)
     trainable = set(record.trainable)
@@ -117,9 +125,9 @@ def eject(model: nn.Module, *, keep_merged: bool = False) -> nn.Module:
     return model
 
 
-def lora_layers(model: nn.Module) -> Iterator[LoraLinear]:
-    """Every :class:`LoraLinear` of the model, in the order of its modules."""
-    return (module for module in model.modules() if isinstance(module, LoraLinear))
+def lora_layers(model: nn.Module) -> Iterator[LoraLinear | ExpertLora]:
+    """Every adapter of the model, one for each adapted weight, in the order of its modules."""
+    return (module for module in model.modules() if isinstance(module, (LoraLinear, ExpertLora)))
 
 
 def record_owner(model: nn.Module) -> nn.Module | None:

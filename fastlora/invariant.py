@@ -20,6 +20,7 @@ from torch import nn
 
 from fastlora import blocks, stream
 from fastlora.errors import InputError
+from fastlora.experts import LoraExperts
 from fastlora.families import batch_dependent_rope, family_of
 from fastlora.fuse import Fused, fuse
 from fastlora.ops import attention, glu, rms_norm
@@ -218,7 +219,8 @@ def _tile_experts(model: nn.Module, done: Invariant) -> None:
         model.set_experts_implementation("eager")
         done._undo.append(lambda: model.set_experts_implementation(before))
     for module in model.modules():
-        if type(module).__name__ in names and not any(p.requires_grad for p in module.parameters()):
+        known = type(module).__name__ in names or isinstance(module, LoraExperts)
+        if known and not any(p.requires_grad for p in module.parameters(recurse=False)):
             done.set(module, "__class__", _before(_TiledRows, type(module)))
 
 
@@ -240,7 +242,7 @@ def _swap_modules(model: nn.Module, done: Invariant, devices: list[str]) -> None
                 norms.append(path)  # row-wise on one thread of a CPU: exact, only slower
         elif all(hasattr(module, n) for n in ("gate_proj", "up_proj", "down_proj", "act_fn")):
             _swap_gate(module, done)
-        elif own and not (hasattr(module, "lora_A") or kind == "Factor"):
+        elif own and (isinstance(module, LoraExperts) or not (hasattr(module, "lora_A") or kind == "Factor")):
             if any(p.requires_grad for p in own):
                 done.not_exact.append((path, "its parameters are trained, not frozen"))
             else:

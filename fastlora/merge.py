@@ -7,6 +7,7 @@ from torch import nn
 
 from fastlora.callable_module import make_callable
 from fastlora.errors import InputError
+from fastlora.experts import ExpertLora
 from fastlora.inject import lora_layers, require_injection
 from fastlora.modules import LoraLinear
 
@@ -41,7 +42,7 @@ def merge(model: nn.Module, *, keep_base: bool = True) -> nn.Module:
             )
         if layer.weight.is_meta:
             raise InputError(f"merge: {layer.path} is on the meta device and has no values")
-    done: list[LoraLinear] = []
+    done: list[LoraLinear | ExpertLora] = []
     for layer in layers:
         weight = _merged_weight(layer)
         if not torch.isfinite(weight).all():
@@ -108,7 +109,7 @@ def merge_cost(model: nn.Module) -> int:
     return sum(layer.weight.numel() * layer.weight.element_size() for layer in lora_layers(model))
 
 
-def _restore(layer: LoraLinear) -> None:
+def _restore(layer: LoraLinear | ExpertLora) -> None:
     # .to() moves bytes between devices and never changes them: the dtype is the same.
     layer.weight.data = layer.kept_base.to(layer.weight.device)
     layer.kept_base = None
@@ -118,13 +119,14 @@ def _restore(layer: LoraLinear) -> None:
 
 
 @torch.no_grad()
-def _merged_weight(layer: LoraLinear) -> torch.Tensor:
-    weight, a = layer.weight, layer.lora_A.weight.double()
-    result = torch.empty_like(weight)
-    for start in range(0, weight.shape[0], _ROWS):
-        rows = slice(start, start + _ROWS)
-        delta = layer.lora_B.weight[rows].double() @ a
-        result[rows] = (weight[rows].double() + layer.scaling * delta).to(weight.dtype)
+def _merged_weight(layer: LoraLinear | ExpertLora) -> torch.Tensor:
+    result = torch.empty_like(layer.weight)
+    for (weight, a, b), (merged, _, _) in zip(layer.products(layer.weight), layer.products(result)):
+        a = a.double()
+        for start in range(0, weight.shape[0], _ROWS):
+            rows = slice(start, start + _ROWS)
+            delta = b[rows].double() @ a
+            merged[rows] = (weight[rows].double() + layer.scaling * delta).to(weight.dtype)
     return result
 
 

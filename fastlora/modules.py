@@ -37,6 +37,26 @@ class Factor(nn.Module):
         return "x".join(map(str, self.weight.shape))
 
 
+@torch.no_grad()
+def draw(lora_a: Factor, lora_b: Factor, rank: int, init: bool | str, generator: torch.Generator) -> None:
+    """Draw A (and with ``init=False`` B) on the CPU from ``generator``; PEFT's distributions.
+
+    True: A Kaiming-uniform with a = sqrt(5), which is U(-1/sqrt(K), 1/sqrt(K)), B zero.
+        "gaussian": A normal with standard deviation 1/rank, B zero. False: A and B both
+        Kaiming-uniform.
+    """
+    a = torch.empty(lora_a.weight.shape, dtype=torch.float32)
+    b = torch.zeros(lora_b.weight.shape, dtype=torch.float32)
+    if init == "gaussian":
+        a.normal_(std=1 / rank, generator=generator)
+    else:
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+    if init is False:
+        nn.init.kaiming_uniform_(b, a=math.sqrt(5), generator=generator)
+    lora_a.weight.copy_(a)
+    lora_b.weight.copy_(b)
+
+
 class LoraLinear(nn.Linear):
     """Y = x W^T + scaling * D(x) A^T B^T + bias, with W and bias frozen and A, B fp32 parameters.
 
@@ -83,24 +103,23 @@ class LoraLinear(nn.Linear):
         """The rank r of the adapter."""
         return self.lora_A.weight.shape[0]
 
-    @torch.no_grad()
     def reset(self, init: bool | str, generator: torch.Generator) -> None:
-        """Draw A (and with ``init=False`` B) on the CPU from ``generator``; PEFT's distributions.
+        """Draw A (and with ``init=False`` B); see :func:`draw`."""
+        draw(self.lora_A, self.lora_B, self.rank, init, generator)
 
-        True: A Kaiming-uniform with a = sqrt(5), which is U(-1/sqrt(K), 1/sqrt(K)), B zero.
-            "gaussian": A normal with standard deviation 1/r, B zero. False: A and B both
-            Kaiming-uniform.
-        """
-        a = torch.empty(self.lora_A.weight.shape, dtype=torch.float32)
-        b = torch.zeros(self.lora_B.weight.shape, dtype=torch.float32)
-        if init == "gaussian":
-            a.normal_(std=1 / self.rank, generator=generator)
-        else:
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-        if init is False:
-            nn.init.kaiming_uniform_(b, a=math.sqrt(5), generator=generator)
-        self.lora_A.weight.copy_(a)
-        self.lora_B.weight.copy_(b)
+    def products(self, weight: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+        """``[(weight [N, K], A [r, K], B [N, r])]``: the one product there is, with a weight of the layer's shape."""
+        return [(weight, self.lora_A.weight, self.lora_B.weight)]
+
+    @property
+    def target(self) -> str:
+        """What the configuration's patterns are matched with."""
+        return self.path
+
+    @property
+    def weight_name(self) -> str:
+        """The base weight's name in the model."""
+        return f"{self.path}.weight"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] in the weight's dtype -> [..., N] in the same; under autocast both are cast

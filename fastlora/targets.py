@@ -7,22 +7,35 @@ import difflib
 import re
 from collections import defaultdict
 from dataclasses import replace
+from typing import NamedTuple
 
 from torch import nn
 
 from fastlora.config import LoraConfig, names_match, pattern_matches
 from fastlora.errors import InputError
 from fastlora.families import family_of
+from fastlora.target_parameters import experts_of, has_hooks, resolve_parameters, why_no_linear
 
 
-def resolve_targets(
-    model: nn.Module, config: LoraConfig, *, lenient: bool = False
-) -> tuple[dict[str, nn.Linear], LoraConfig]:
+class Targets(NamedTuple):
+    """What a configuration means in a model.
+
+    Attributes:
+        linear: ``{path: module}`` of linear layers, in the model's order.
+        experts: ``{path: (module, names of parameters)}`` of modules of experts.
+        config: the configuration with ``None`` and ``"all-linear"`` replaced by names.
+    """
+
+    linear: dict[str, nn.Linear]
+    experts: dict[str, tuple[nn.Module, list[str]]]
+    config: LoraConfig
+
+
+def resolve_targets(model: nn.Module, config: LoraConfig, *, lenient: bool = False) -> Targets:
     """Find the targets of ``config`` in ``model``; nothing is changed.
 
-    Returns ``{path: module}`` in the model's order, and the configuration with ``None`` and
-    ``"all-linear"`` replaced by names.  ``lenient`` is for files: there PEFT lets a name match
-    nothing or a module match two names, and the tensors of the file say what is right.
+    ``lenient`` is for files: there PEFT lets a name match nothing or a module match two names, and
+    the tensors of the file say what is right.
 
     Raises:
         InputError: see :func:`fastlora.inject`.
@@ -32,7 +45,8 @@ def resolve_targets(
     found = [path for path in paths if _is_target(config, path)]
     if not lenient:
         _check_each_matches_once(config, paths, found)
-    if not found:
+    experts = resolve_parameters(model, config, lenient=lenient)
+    if not found and not (experts and (lenient or not config.target_modules)):
         raise InputError(
             _nothing(f"target_modules is {config.target_modules!r}", config.target_modules, paths)
         )
@@ -41,10 +55,11 @@ def resolve_targets(
     for path in found:
         _check_linear(path, paths[path], heads)
         _check_unshared(path, paths[path], paths, owners)
+    adapted = [*found, *(f"{path}.{name}" for path, (_, names) in experts.items() for name in names)]
     if not lenient:
-        _check_patterns(config, found)
-    config = _sort_patterns(config, found)
-    return {path: paths[path] for path in found}, config
+        _check_patterns(config, adapted)
+    config = _sort_patterns(config, adapted)
+    return Targets({path: paths[path] for path in found}, experts, config)
 
 
 def _by_name(model: nn.Module, config: LoraConfig, paths: dict[str, nn.Module]) -> LoraConfig:
@@ -138,7 +153,7 @@ def _check_linear(path: str, module: nn.Module, heads: dict[str, str]) -> None:
                 "offloaded or wrapped); "
                 "allowed are plain torch.nn.Linear layers"
             )
-        if nn.utils.parametrize.is_parametrized(module) or _has_hooks(module):
+        if nn.utils.parametrize.is_parametrized(module) or has_hooks(module):
             raise InputError(
                 f"target_modules: {path} carries hooks or a parametrization that its replacement "
                 "would drop; allowed "
@@ -155,21 +170,12 @@ def _check_linear(path: str, module: nn.Module, heads: dict[str, str]) -> None:
         for name, child in module.named_modules()
         if name and isinstance(child, nn.Linear)
     ]
-    experts = _experts({path: module})
+    experts = experts_of({path: module})
     if experts is not None:
-        raise InputError(f"target_modules: {_why_no_experts(*experts)}")
+        raise InputError(f"target_modules: {why_no_linear(*experts)}")
     hint = f"; the linear layers inside it: {', '.join(inside[:8])}" if inside else ""
     raise InputError(
         f"target_modules: {path} is a {kind}, allowed are torch.nn.Linear layers{hint}"
-    )
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
     )
 
 
@@ -246,32 +252,15 @@ def _sort_patterns(config: LoraConfig, found: list[str]) -> LoraConfig:
 
 
 def _nothing(what: str, names: list[str] | str, paths: dict[str, nn.Module]) -> str:
-    experts = _experts(paths)
+    experts = experts_of(paths)
     if experts is not None and re.search("gate|up|down|experts|w1|w2|w3", str(names)):
-        return f"{what}: matches no linear layer; {_why_no_experts(*experts)}"
+        return f"{what}: matches no linear layer; {why_no_linear(*experts)}"
     linear = [path for path, module in paths.items() if isinstance(module, nn.Linear)]
     if isinstance(names, str):
         return (
             f"{what}: matches nothing; it must match a whole path, such as {_near(names, linear)}"
         )
     return f"{what}: matches nothing; allowed: {_near(names[0], linear)}"
-
-
-def _experts(paths: dict[str, nn.Module]) -> tuple[str, list[str]] | None:
-    """The first module that keeps its experts as bare parameters, and their names."""
-    for path, module in paths.items():
-        found = [n for n, p in module.named_parameters(recurse=False) if p.dim() == 3]
-        if found and "experts" in path.lower() + type(module).__name__.lower():
-            return path, found
-    return None
-
-
-def _why_no_experts(path: str, parameters: list[str]) -> str:
-    return (
-        f"{path} holds all its experts in {' and '.join(parameters)} of three dimensions, and LoRA on those is not supported "
-        "(an adapter for each expert needs sums over the tokens that went to it, and PEFT's own file keeps them as one "
-        "block); allowed are the attention's projections"
-    )
 
 
 def _near(name: str, paths: list[str]) -> str:

@@ -11,10 +11,11 @@ chunks. The fixed-point sum is the classic reproducible accumulator (Demmel and 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import struct
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ class TokenSum:
 
     def __init__(self, shape: Iterable[int], device: torch.device | str = "cpu") -> None:
         self.total = torch.zeros(tuple(shape), dtype=torch.int64, device=device)
-        self.stats = torch.tensor([NO_CHUNK, 0, 0, 0], dtype=torch.int64, device=device)
+        self.stats = _empty_stats(self.total.device).clone()
         self.chunks = 0
         self.accepting = True
         self.pending = False
@@ -142,17 +143,27 @@ class TokenSum:
         with self._lock:
             self.chunks += int(n_chunks)
 
-    def merge_(self, other: TokenSum) -> TokenSum:
-        """Add another sum of the same shape (what an all-reduce does: SUM, MIN, MAX, SUM); returns itself."""
+    def merge_(self, other: TokenSum, into: torch.Tensor | None = None) -> TokenSum:
+        """Add another sum (what an all-reduce does: SUM, MIN, MAX, SUM); returns itself.
+
+        Args:
+            other: of the same shape, or of that of ``into``. into: a view of ``total`` that takes it; None: all of it.
+        """
         self._used = True
+        into = self.total if into is None else into
         with self._lock:
-            self.total += other.total.to(self.total.device)
+            into += other.total.to(into.device)
             theirs = other.stats.to(self.stats.device)
             self.stats[0] = torch.minimum(self.stats[0], theirs[0])
             self.stats[1] = torch.maximum(self.stats[1], theirs[1])
             self.stats[2:] += theirs[2:]
             self.chunks += other.chunks
         return self
+
+    @contextlib.contextmanager
+    def adding(self) -> Iterator[TokenSum]:
+        """Where a backward adds its partials: this sum itself. See :class:`SumSlice`."""
+        yield self
 
     def check(self, name: str) -> None:
         """Refuse a sum that is not exact.
@@ -184,6 +195,32 @@ class TokenSum:
                 "run forward and backward inside `with fastlora.exact(model):`"
             )
         self._used = True
+
+
+class SumSlice:
+    """A part of a :class:`TokenSum`, such as the rows of one expert's A, that a backward adds to as to a sum of its own.
+
+    The part exists while a backward adds (from the forward on it would fill the memory) and is contiguous, as kernels want it.
+
+    Args:
+        whole: the sum. view: from a tensor of its shape to the part.
+    """
+
+    def __init__(self, whole: TokenSum, view: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.whole, self.view = whole, view
+
+    @contextlib.contextmanager
+    def adding(self) -> Iterator[TokenSum]:
+        """A sum of the part's shape, which goes into the whole at the end of the block.
+
+        Raises:
+            TrainingError: the exact block of the whole has ended.
+        """
+        self.whole._must_accept()
+        into = self.view(self.whole.total)
+        part = TokenSum(into.shape, into.device)
+        yield part
+        self.whole.merge_(part, into)
 
 
 def units_to_gradient(total: torch.Tensor, divisor: float) -> torch.Tensor:

@@ -14,7 +14,7 @@ import pathlib
 
 import torch
 
-from fastlora.adapter import read_adapter, write_files
+from fastlora.adapter import read_adapter, refuse_experts, write_files
 from fastlora.digest import PREFIX
 from fastlora.errors import InputError
 
@@ -29,12 +29,13 @@ def export_for_vllm(adapter: str | os.PathLike, output: str | os.PathLike) -> li
     another scaling than the first, the ratio goes into B, rounded once to fp32.
 
     Raises:
-        InputError: an adapter that cannot be read, or a folder that holds files.
+        InputError: an adapter that cannot be read or is on expert weights, or a folder that holds files.
     """
     output = pathlib.Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"output = {str(output)!r}: it holds files; allowed is a new or empty folder")
     config, tensors = read_adapter(adapter)
+    refuse_experts(config, "format vllm")
     paths = sorted({key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors})
     rank = max(config.rank_for(path) for path in paths)
     scaling = config.scaling_for(paths[0])

@@ -11,6 +11,8 @@ EXPERTS = {
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
+# The expert weights of both, as a field of LoraConfig.
+ON_EXPERTS = {"target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]}
 
 
 def tiny_model(

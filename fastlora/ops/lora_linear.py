@@ -136,10 +136,11 @@ class _ExactLoraLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, weight, a, b, s = ctx.saved_tensors
-        dx, _, _ = ctx.run_backward(
-            dy, x, weight, a, b, s, ctx.scale, ctx.dropout, ctx.key,
-            needs_dx=ctx.needs_input_grad[0], sums_a=ctx.sums[0], sums_b=ctx.sums[1],
-        )  # fmt: skip
+        with ctx.sums[0].adding() as sums_a, ctx.sums[1].adding() as sums_b:
+            dx, _, _ = ctx.run_backward(
+                dy, x, weight, a, b, s, ctx.scale, ctx.dropout, ctx.key,
+                needs_dx=ctx.needs_input_grad[0], sums_a=sums_a, sums_b=sums_b,
+            )  # fmt: skip
         return (dx,) + (None,) * 8
 
 
@@ -183,7 +184,8 @@ def lora_linear(x, weight, a, b, scale, bias=None, *, dropout=0.0, key=None, sum
         dropout: probability in [0, 1) of D, applied to x on the LoRA branch alone (PEFT's meaning).
         key: :class:`fastlora.DropoutKey` with M token keys (M the product of x's leading sizes); needed with dropout.
         sums: None: gradients of a and b go to ``.grad``. A pair (sum of dA, sum of dB) of
-            :class:`fastlora.exact.TokenSum`: the backward adds exact sums to them and ``.grad`` stays empty.
+            :class:`fastlora.exact.TokenSum` (or of :class:`fastlora.token_sum.SumSlice`): the backward adds exact sums to
+            them and ``.grad`` stays empty.
 
     Returns:
         [..., N] in x's dtype, rounded once from fp32 (reference path with 16-bit input: likewise).

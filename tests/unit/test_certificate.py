@@ -18,7 +18,7 @@ from fastlora.errors import InputError, TrainingError
 from fastlora.export import merge_to_folder
 from fastlora.inject import inject, lora_layers
 from fastlora.merge import merge
-from tests.models import EXPERTS
+from tests.models import EXPERTS, ON_EXPERTS
 from tests.models import tiny_model as small
 from tests.unit.tiny_run import run_command, save_model, tiny_model
 from tests.unit.tiny_tokenizer import make_tokenizer
@@ -76,15 +76,19 @@ def _tokenizer(place):
     return load_tokenizer(str(place / "base"))
 
 
-@pytest.mark.parametrize("model_type", ["phi3", "gemma3_text", "qwen3_moe", "mixtral"])
-def test_merge_to_folder_of_families_with_names_of_their_own(model_type, tmp_path):
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [*((name, {}) for name in ("phi3", "gemma3_text", "qwen3_moe", "mixtral")), *((name, ON_EXPERTS) for name in EXPERTS)],
+)
+def test_merge_to_folder_of_families_with_names_of_their_own(model_type, fields, tmp_path):
     """Fused projections, two kinds of layers, experts that transformers stores under other names than it computes with."""
     model = small(model_type, vocab_size=330, **EXPERTS.get(model_type, {}))
     model.save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")
-    save_adapter(inject(model, LoraConfig(r=2, init_lora_weights=False)), tmp_path / "adapter")
+    save_adapter(inject(model, LoraConfig(r=2, init_lora_weights=False, **fields)), tmp_path / "adapter")
     folder, found = merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
-    assert len(found.tensors) == len(list(lora_layers(model)))
+    assert [row.name for row in found.tensors] == [layer.weight_name for layer in lora_layers(model)]
+    assert all(0 < row.error <= row.bound < row.adapter for row in found.tensors)
     again = AutoModelForCausalLM.from_pretrained(folder)
     assert digest(frozen_tensors(again)) == found.digests["merged"] != found.digests["base"]
 

@@ -35,6 +35,7 @@ BAD = {
     "negative alpha": (["--lora-alpha", "-1"], "alpha"),
     "dropout 1": (["--lora-dropout", "1"], "dropout"),
     "unknown target": (["--target-modules", "q_porj"], "q_proj"),
+    "experts of a model without": (["--target-parameters", "mlp.experts.down_proj"], "target_parameters"),
     "bad dtype": (["--dtype", "int8"], "dtype"),
     "bad scheduler": (["--lr-scheduler", "linera"], "lr_scheduler"),
     "bad tokens": (["--micro-batch-tokens", "many"], "micro_batch_tokens"),

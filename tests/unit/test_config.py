@@ -132,7 +132,6 @@ def test_from_peft_inverts_to_peft():
         ("lora_bias", True),
         ("bias", "lora_only"),
         ("modules_to_save", ["lm_head"]),
-        ("target_parameters", ["experts.down_proj"]),
         ("trainable_token_indices", [1]),
         ("fan_in_fan_out", True),
         ("layer_replication", [[0, 2]]),
@@ -169,3 +168,26 @@ def test_from_peft_takes_null_patterns_and_unset_extras():
     values = LoraConfig(r=4).to_peft()
     values |= {"rank_pattern": None, "alpha_pattern": None, "something_new": None, "eva_config": {}}
     assert LoraConfig.from_peft(values) == LoraConfig(r=4)
+
+
+def test_from_peft_with_parameters_alone_names_no_module():
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.up", "experts.down"])
+    assert LoraConfig.from_peft(config.to_peft()) == config
+    assert config.to_peft()["target_parameters"] == ["experts.down", "experts.up"]
+    assert LoraConfig.from_peft(config.to_peft() | {"target_modules": None}) == config
+    assert "target_parameters" not in LoraConfig(r=2).to_peft()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_parameters": ".*experts.*"}, "target_parameters is '.*experts.*', allowed is None or a list of names"),
+        ({"target_parameters": ["a", 3]}, "allowed is a list of parameter names"),
+        ({"target_parameters": ["a", "a"]}, "every name once"),
+        ({"target_parameters": ["a"], "lora_dropout": 0.1}, "lora_dropout is 0.1, allowed is 0 beside target_parameters .PEFT adds"),
+        ({"target_parameters": [], "target_modules": []}, "target_modules is .., allowed is None, at least one name"),
+    ],
+)
+def test_lora_config_refuses_parameters_by_name(fields, message):
+    with pytest.raises(InputError, match=message):
+        LoraConfig(**fields)

@@ -39,11 +39,11 @@ def test_head_of_gives_the_models_own_logits(model_type):
 
 @pytest.mark.parametrize("model_type", sorted(EXPERTS))
 @pytest.mark.parametrize("names", [["q_proj", "gate_proj"], ["experts"], ["down_proj"], ".*experts.*"])
-def test_inject_refuses_experts_by_name_with_the_reason(model_type, names):
+def test_inject_refuses_experts_as_modules_and_says_what_to_give(model_type, names):
     model = tiny_model(model_type, **EXPERTS[model_type])
     with pytest.raises(InputError) as caught:
         inject(model, LoraConfig(r=2, target_modules=names))
-    assert "mlp.experts" in str(caught.value) and "not supported" in str(caught.value)
+    assert "target_parameters=['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']" in str(caught.value)
     assert not any("lora" in name for name, _ in model.named_parameters())
     inject(model, LoraConfig(r=2))
     assert {layer.path.rpartition(".")[2] for layer in lora_layers(model)} == {"q_proj", "k_proj", "v_proj", "o_proj"}

@@ -23,7 +23,7 @@ from fastlora.families import FAMILIES
 from fastlora.inject import inject, lora_layers
 from fastlora.invariant import make_invariant
 from fastlora.setup import Objective
-from tests.models import EXPERTS, tiny_model
+from tests.models import EXPERTS, ON_EXPERTS, tiny_model
 
 # What a family has of its own, switched on and away from values that hide it.
 OWN = {
@@ -67,8 +67,8 @@ def transformers_own(model, dtype, factors):
         model.set_experts_implementation("eager")
     trained = [tuple(t.detach().to(dtype).requires_grad_() for t in (a, b)) for _, a, b, _ in factors]
     weights = dict(model.named_parameters())
-    for (path, _, _, s), (a, b) in zip(factors, trained):
-        weights[f"{path}.weight"] = weights[f"{path}.weight"] + s * (b @ a)
+    for (name, _, _, s), (a, b) in zip(factors, trained):
+        weights[name] = weights[name] + s * delta(a, b, weights[name].shape)
     logits, loss, inputs = [], 0.0, []
     for row in rows():
         ids, labels = torch.tensor(row.input_ids)[None].long(), torch.tensor(row.labels).long()
@@ -80,6 +80,14 @@ def transformers_own(model, dtype, factors):
     wanted = [t for pair in trained for t in pair] or inputs
     gradients = torch.autograd.grad(loss, wanted)
     return logits, loss.detach(), [g.reshape(-1, g.shape[-1]) for g in gradients]
+
+
+def delta(a, b, shape):
+    """B A; for the weights of all experts [E, N, K] PEFT's: A [E r, K] one expert after another, B [N, r E] an expert a column."""
+    if len(shape) == 2:
+        return b @ a
+    count, rows, columns = shape
+    return torch.einsum("ore,eri->eoi", b.view(rows, -1, count), a.view(count, -1, columns))
 
 
 class embedded:
@@ -152,19 +160,29 @@ def test_family_agrees_with_transformers(model_type, adapted):
     check(ours(model, adapted), *(transformers_own(plain, dtype, factors) for dtype in (torch.float32, torch.float64)))
 
 
-def prepared(model_type, adapted):
-    """(model, a copy without adapters, (path, A, B, s) of each adapter)"""
+@pytest.mark.parametrize("fields", [ON_EXPERTS, {"target_modules": [], "target_parameters": ["experts.gate_up_proj"]},
+                                    {"target_modules": [], "target_parameters": ["experts.down_proj"]}])  # fmt: skip
+@pytest.mark.parametrize("model_type", sorted(EXPERTS))
+def test_family_with_adapters_on_experts_agrees_with_transformers(model_type, fields):
+    model, plain, factors = prepared(model_type, True, **fields)
+    on_attention = 0 if fields is not ON_EXPERTS else 4
+    assert len(factors) == 2 * (on_attention + len(fields["target_parameters"]))
+    check(ours(model, True), *(transformers_own(plain, dtype, factors) for dtype in (torch.float32, torch.float64)))
+
+
+def prepared(model_type, adapted, **fields):
+    """(model, a copy without adapters, (name of the weight, A, B, s) of each adapter)"""
     model = build(model_type)
     plain = copy.deepcopy(model)
     if not adapted:
         return model.requires_grad_(False), plain, []
-    inject(model, LoraConfig(r=4, lora_alpha=6, init_lora_weights=False), seed=0)
-    return model, plain, [(m.path, m.lora_A.weight, m.lora_B.weight, m.scaling) for m in lora_layers(model)]
+    inject(model, LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, **fields), seed=0)
+    return model, plain, [(m.weight_name, m.lora_A.weight, m.lora_B.weight, m.scaling) for m in lora_layers(model)]
 
 
 def test_parity_sees_one_scaling_that_is_a_thousandth_off():
     model, plain, factors = prepared("llama", True)
     found = ours(model, True)
-    wrong = [(path, a, b, s * (1.001 if i == 1 else 1)) for i, (path, a, b, s) in enumerate(factors)]
+    wrong = [(name, a, b, s * (1.001 if i == 1 else 1)) for i, (name, a, b, s) in enumerate(factors)]
     with pytest.raises(AssertionError, match="gradients|logits"):
         check(found, *(transformers_own(plain, dtype, wrong) for dtype in (torch.float32, torch.float64)))

@@ -26,6 +26,7 @@ from fastlora.errors import InputError
 from fastlora.families import head_of
 from fastlora.invariant import FrozenLinear, make_invariant
 from fastlora.ops.linear_cross_entropy import LossRecord, linear_cross_entropy
+from tests.models import EXPERTS, ON_EXPERTS
 
 TINY = {
     "hidden_size": 48,
@@ -56,13 +57,14 @@ CONFIGS = {
     "qwen3_moe": Qwen3MoeConfig(**TINY, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24),
     "mixtral": MixtralConfig(**TINY, num_local_experts=4, num_experts_per_tok=2),
 }
+ADAPTED_EXPERTS = {f"{name} with adapters on experts": name for name in EXPERTS}
 LENGTHS = (150, 17, 60)
 
 
-def build(config, dropout=0.1, targets=None):
+def build(config, dropout=0.1, targets=None, **keywords):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).requires_grad_(False)
-    keywords = {"target_modules": targets} if targets else {}
+    keywords |= {"target_modules": targets} if targets else {}
     inject(model, LoraConfig(r=4, lora_dropout=dropout, **keywords), seed=0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -120,9 +122,9 @@ def _threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("name", [*CONFIGS, *ADAPTED_EXPERTS])
 def test_make_invariant_one_result_for_every_split_and_thread_count(name):
-    model = build(CONFIGS[name])
+    model = build(CONFIGS[name]) if name in CONFIGS else build(CONFIGS[ADAPTED_EXPERTS[name]], dropout=0.0, **ON_EXPERTS)
     done = make_invariant(model)
     assert done.not_exact == []
     rows, totals, units = step(model, [(0, 1, 2)], 1)
