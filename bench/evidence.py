@@ -214,7 +214,7 @@ def main(
     model: Annotated[str, typer.Option(help="Folder of a model.")],
     output: Annotated[str | None, typer.Option(help="Where the JSON goes. [bench/results/<date>-<device>-evidence.json]")] = None,
     quick: Annotated[bool, typer.Option(help="Fewer steps, sequences and ranks: minutes on a CPU.")] = False,
-    time_limit: Annotated[float, typer.Option(help="Seconds after which no further run is begun.")] = 140.0,
+    time_limit: Annotated[float, typer.Option(help="Seconds after which no further run is begun.")] = 480.0,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     commit: Annotated[str | None, typer.Option(help="Commit to record, for a copy of the tree without git.")] = None,
 ) -> None:

@@ -14,7 +14,7 @@ from fastlora.files import atomic_write, atomic_write_text
 
 PAGE, FIGURE = ROOT / "docs" / "advice.md", ROOT / "docs" / "advice.svg"
 MARKS = re.compile(r"(<!-- bench: evidence -->\n).*?(<!-- /bench: evidence -->)", re.DOTALL)
-NOTHING = "No result is committed yet: `python -m bench.evidence --model DIR` makes one, on a GPU in under three minutes.\n"
+NOTHING = "No result is committed yet: `python -m bench.evidence --model DIR` makes one, on a GPU in minutes.\n"
 
 
 def newest(folder: pathlib.Path = RESULTS) -> tuple[str, dict] | None:

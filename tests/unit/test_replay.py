@@ -118,8 +118,9 @@ def test_replay_passes_over_a_damaged_checkpoint_and_says_so(done, tmp_path):
 
 
 def test_replay_takes_a_model_object_and_moved_data(done, tmp_path):
-    from fastlora.setup import load_model, load_tokenizer
+    from fastlora.setup import choose_device, choose_dtype, load_model, load_tokenizer
 
+    device, _ = choose_device("auto")  # as the run's command did
     folder = shutil.copytree(done / "run", tmp_path / "run")
     data = shutil.copy(done / "rows.jsonl", tmp_path / "moved.jsonl")
     text = (folder / "run.toml").read_text()
@@ -127,7 +128,8 @@ def test_replay_takes_a_model_object_and_moved_data(done, tmp_path):
     with pytest.raises(InputError, match="model: the run got its model as an object"):
         quiet(folder, 1)
     place = str(done / "model")
-    found = quiet(folder, 1, model=load_model(place), tokenizer=load_tokenizer(place), data=data)
+    model = load_model(place, dtype=choose_dtype("auto", device), device=device)
+    found = quiet(folder, 1, model=model, tokenizer=load_tokenizer(place), data=data)
     assert found.equal
 
 
