@@ -9,6 +9,10 @@ import torch
 from verify import histogram
 from verify.bounds import Bounded
 
+# The radius, the error and their quotient are float64 numbers themselves, each rounded by at most 2^-53: an error at the
+# very end of its interval must not come out above 1.
+SLACK = 2.0**-50
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -42,7 +46,7 @@ def judge(got: torch.Tensor, bound: Bounded) -> Judged:
     if got.numel() == 0:
         return Judged(0.0, (), 0.0, 0.0, 0.0, 0)
     error = (got - bound.value).abs()
-    share = torch.where(error == 0, torch.zeros_like(error), error / bound.radius)
+    share = torch.where(error == 0, torch.zeros_like(error), error / (bound.radius * (1 + SLACK)))
     share = torch.where(share.isnan(), torch.full_like(share, float("inf")), share)
     judged = bound.radius.isfinite()
     histogram.count(share[judged])

@@ -15,9 +15,14 @@ def load(model: torch.nn.Module, folder: str | os.PathLike) -> torch.nn.Module:
 
 
 def attach(model: torch.nn.Module, config: dict, seed: int) -> torch.nn.Module:
-    """A fresh adapter of PEFT's own, with B drawn too, so that it acts."""
+    """A fresh adapter of PEFT's own, with B drawn too, so that it acts.
+
+    Patterns in alphabetical order: ``save_pretrained`` sorts them, and the first that matches a module counts, so with
+    another order PEFT's file says something else than the model it came from, to PEFT itself too.
+    """
     import peft
 
+    config = config | {name: dict(sorted(config[name].items())) for name in ("rank_pattern", "alpha_pattern")}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = peft.LoraConfig(**config, init_lora_weights=False, task_type="CAUSAL_LM")

@@ -49,7 +49,7 @@ def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
     if tried:
         out.note("relations tried: " + ", ".join(f"{name} {tried[name]}" for name in relations.RELATIONS))
     out.note("values: " + ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items())))
-    if out.worst == 1:
+    if 1 - 1e-9 < out.worst <= 1:
         out.note(
             "a share of 1 is one rounding at its very edge: halfway cases meet a bound that is tight"
         )
