@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench import gate_adamw, gate_attention, gate_rows, gate_table
+from bench import gate_adamw, gate_attention, gate_rows, gate_specialized, gate_table
 from fastlora.kernels import gemm as gemm_file
 from fastlora.kernels import project as project_file
 from fastlora.kernels import tables
@@ -49,7 +49,7 @@ class Case:
         """A label for tables and test ids."""
         drop, mode = "-dropout" if self.dropout else "", "-exact" if self.exact else ""
         drop += "" if self.count == 1 else f"-{self.count}together"
-        side = "" if self.operation != "gemm" else "-forward" if self.transposed else "-dx"
+        side = "" if not self.operation.startswith("gemm") else "-forward" if self.transposed else "-dx"
         mode = mode if self.operation in ("da", "db", "db_ds", "adamw", "squares") else ""
         return f"{self.operation}{side}-{self.arch}-{_TYPE[self.dtype]}-r{self.rank}-{self.outer}x{self.inner}{drop}{mode}"
 
@@ -85,6 +85,8 @@ def build_arguments(case: Case):
         return gate_attention.build_arguments(case, element)
     if case.operation in gate_adamw.OPERATIONS:
         return gate_adamw.build_arguments(case)
+    if case.operation in gate_specialized.OPERATIONS:
+        return gate_specialized.build_arguments(case)
     if case.operation in gate_rows.OPERATIONS:
         return gate_rows.build_arguments(case, element)
     if case.operation == "project":
@@ -168,10 +170,19 @@ def compile_case(case: Case):
     attributes = {
         (names.index(name),): [["tt.divisibility", 16]] for name, kind in signature.items() if kind.startswith("*")
     }
-    source = ASTSource(kernel, full, {(names.index(k),): v for k, v in constants.items()}, attributes)
+    source = _source_of(kernel)(kernel, full, {(names.index(k),): v for k, v in constants.items()}, attributes)
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": tile.fusion}
     compiled = triton.compile(source, target=_target(case.arch), options=options)
     return compiled, _report(compiled, case.arch)
+
+
+def _source_of(kernel) -> type:
+    """What the compiler takes a kernel as: Gluon's own source, or Triton's."""
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource
+    return ASTSource
 
 
 def _report(compiled, arch: str) -> Report:
@@ -213,7 +224,7 @@ def all_cases() -> list[Case]:
         cases += [Case(op, arch, torch.float32, outer=0, inner=0, exact=exact) for op in gate_adamw.OPERATIONS for exact in (True, False)]
         for head in (64, 128, 256)[: 2 if tables.ATTENTION_MAX_HEAD[arch] == 128 else 3]:
             cases += [Case(op, arch, outer=head, inner=0) for op in gate_attention.OPERATIONS]
-    return cases + gate_rows.all_cases(Case)
+    return cases + gate_rows.all_cases(Case) + gate_specialized.all_cases(Case)
 
 
 def main(update: bool = False) -> None:

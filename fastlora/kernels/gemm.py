@@ -4,8 +4,9 @@ Forward: Y = x W^T + S B^T + bias (W [N, K] transposed). Backward: dX = dY W + D
 accumulator is one fp32 chain over K in steps of BK, then over the padded rank; one rounding at the end. Neither tile
 height nor grid enters the order of an element's sum, so rows do not depend on M.
 
-Two kernels: pointers for every GPU and shape; bulk tensor copies (TMA) and a persistent grid on compute capability 9.0 and later
-when rows are multiples of 16 bytes.
+Three kernels: pointers for every GPU and shape; bulk tensor copies (TMA) and a persistent grid on compute capability 9.0 and later
+when rows are multiples of 16 bytes; and on 9.0, without dropout in the epilogue, the same with a warp that only loads
+(gemm_specialized.py).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels import launch
+from fastlora.kernels import gemm_specialized, launch
 from fastlora.kernels.tile import grouped_tile, keep_mask
 
 
@@ -188,11 +189,16 @@ def gemm(x, weight, s=None, b=None, bias=None, *, transposed, dropout=None, colu
     drop = launch.dropout_arguments(dropout, x)
     tma = launch.can_use_tma(arch, x.dtype, inner, outer)
     ragged = launch.is_ragged(x.dtype, inner, outer)
-    tile = launch.gemm_tile(arch, x.dtype, dropout=drop.active, tma=tma, ragged=ragged)
+    specialized = tma and not drop.active and gemm_specialized.usable(arch)
+    tile = launch.gemm_tile(arch, x.dtype, dropout=drop.active, tma=tma, ragged=ragged, specialized=specialized)
     # without dropout the projections' products are one product; with it each has its own mask, and padding columns are left out
     count = len(dropout.seeds) if drop.active else 1
     used = rank if columns is None or not drop.active else count * columns
     low_rank = min(used // count, tile.bk) if rank else 16
+    if specialized:
+        if gemm_specialized.run(x, weight, s, b, bias, out, tile, transposed=transposed):
+            return out
+        tile = launch.gemm_tile(arch, x.dtype, dropout=False, tma=True)
     common = dict(
         N=outer, K=inner, R=used, COUNT=count, TRANSPOSED=transposed, BIAS=bias is not None, DROPOUT=drop.active,
         BM=tile.bm, BN=tile.bn, BK=tile.bk, BR=low_rank, GROUP=tile.group,

@@ -80,17 +80,18 @@ def can_use_tma(arch: str, dtype: torch.dtype, inner: int, outer: int) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _checked(dtype: torch.dtype, width: int, rows: int, columns: int) -> dict:
-    """The fields of a descriptor that passed Triton's own checks, which cost more than a launch: once a width and block."""
-    example = torch.empty(1, width, dtype=dtype)
-    return dict(TensorDescriptor(example, [1, width], [width, 1], [rows, columns]).__dict__)
+def _checked(make, dtype: torch.dtype, width: int, rows: int, columns: int) -> tuple[type, dict]:
+    """Type and fields of a descriptor that passed Triton's own checks, which cost more than a launch: once a width and block."""
+    made = make(torch.empty(1, width, dtype=dtype), [1, width], [width, 1], [rows, columns])
+    return type(made), dict(made.__dict__)
 
 
-def descriptor(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Descriptor of a contiguous, 16-byte aligned 2-D tensor for blocks of [rows, columns]."""
+def descriptor(tensor: torch.Tensor, rows: int, columns: int, make=TensorDescriptor):
+    """Descriptor of a contiguous, 16-byte aligned 2-D tensor for blocks of [rows, columns]; ``make`` makes one (Gluon has its own)."""
     height, width = tensor.shape
-    made = object.__new__(TensorDescriptor)
-    made.__dict__.update(_checked(tensor.dtype, width, rows, columns), base=tensor, shape=[height, width])
+    kind, fields = _checked(make, tensor.dtype, width, rows, columns)
+    made = object.__new__(kind)
+    made.__dict__.update(fields, base=tensor, shape=[height, width])
     return made
 
 

@@ -72,6 +72,8 @@ def norm_backward_kernel(
     b_n = b_h.to(tl.float32) * b_rstd
     b_dn = b_dx.to(tl.float32) * b_w
     b_mean = tl.sum(b_n * b_dn, 1) * (1.0 / K)
+    if EMIT:
+        tl.store(p_x + o_x, norm_scaled(b_n, b_w, STYLE, b_h.dtype), mask=m_h)
     if AGAIN:
         # another eviction policy, or the compiler would merge these loads with the first
         b_h = tl.load(p_h + o_h, mask=m_h, other=0.0, eviction_policy="evict_first")
@@ -85,8 +87,6 @@ def norm_backward_kernel(
     if RESIDUAL:
         b_dh += b_residual.to(tl.float32)
     tl.store(p_dh + o_m[:, None] * DH_LD + o_k[None, :], b_dh.to(b_h.dtype), mask=m_h)
-    if EMIT:
-        tl.store(p_x + o_x, norm_scaled(b_n, b_w, STYLE, b_h.dtype), mask=m_h)
 
 
 def norm_forward(h, weight, eps, style, *, add=None, scale=1.0, into=None):

@@ -112,23 +112,19 @@ def token_sum_kernel(
         tl.atomic_add(p_out + o_out, b_total, mask=m_out, sem="relaxed")
         # nothing is reduced before the run's end: across features a reduction costs more than the chunk's product
         first_here = tl.load(p_table + units + 2 + first)
-        walked = tl.load(p_table + units + 2 + last) - first_here
-        b_finite = b_counts & 1023
-        b_broken = tl.where(b_finite < walked, first_here + b_finite, 2147483647)
-        b_bad = b_top >= 0x7F800000
+        # two reductions carry all four figures. A non-finite element's key lies above every finite one, the higher the earlier it broke.
+        b_key = tl.where(b_top < 0x7F800000, b_top, 0x7F800000 + 1023 - (b_counts & 1023))
+        b_pair = (b_counts >> 10 & 1023).to(tl.int64) | (b_counts >> 20).to(tl.int64) << 32
         for i_q in tl.static_range(PER):
             m_q = m_out & (o_c // R == i_q)[None, :]
             p_q = p_stats + (i_p + i_q) * 4
-            broken = tl.min(tl.min(tl.where(m_q, b_broken, 2147483647), 0), 0)
-            none = tl.full((), 4611686018427387904, tl.int64)  # 2^62
-            number = tl.where(broken < 2147483647, first_chunk + broken, none)
-            tl.atomic_min(p_q, number.to(tl.int64), sem="relaxed")
-            top = tl.max(tl.max(tl.where(m_q & (b_bad == 0), b_top, 0), 0), 0)
-            tl.atomic_max(p_q + 1, top.to(tl.int64), sem="relaxed")
-            partials = tl.sum(tl.sum(tl.where(m_q, (b_counts >> 10) & 1023, 0), 0).to(tl.int64), 0)
-            low = tl.sum(tl.sum(tl.where(m_q, b_counts >> 20, 0), 0).to(tl.int64), 0)
-            tl.atomic_add(p_q + 2, partials.to(tl.int64), sem="relaxed")
-            tl.atomic_add(p_q + 3, low.to(tl.int64), sem="relaxed")
+            key = tl.max(tl.where(m_q, b_key, 0))
+            pair = tl.sum(tl.where(m_q, b_pair, 0))
+            broken = key >= 0x7F800000
+            tl.atomic_min(p_q, first_chunk + first_here + 1023 - (key - 0x7F800000), mask=broken, sem="relaxed")
+            tl.atomic_max(p_q + 1, key.to(tl.int64), mask=broken == 0, sem="relaxed")
+            tl.atomic_add(p_q + 2, pair & 0xFFFFFFFF, sem="relaxed")
+            tl.atomic_add(p_q + 3, pair >> 32, sem="relaxed")
     else:
         tl.store(p_out + i_run.to(tl.int64) * OUT_SIZE + o_out, b_sum, mask=m_out)
 
@@ -157,13 +153,15 @@ def reduce_ds_kernel(
 MOST_WALK = 1023
 
 
-def _runs(chunks: Chunks, blocks: int, device: torch.device) -> int:
-    """Into how many runs the chunks are cut: about two programs a multiprocessor.
+def _runs(chunks: Chunks, blocks: int, each: int, device: torch.device) -> int:
+    """Into how many runs the chunks are cut: about ``each`` programs a multiprocessor.
 
     Free of bits in exact mode (integers), and in fp32 mode a fixed function of the shape.
     """
-    wanted = launch.cdiv(2 * launch.persistent_programs(device), blocks)
-    return max(min(wanted, chunks.count), launch.cdiv(chunks.units, MOST_WALK - LONGEST // UNIT))
+    programs = launch.persistent_programs(device)
+    # one at a time: a second wave of a few programs would cost as much as the first
+    wanted = programs // blocks if each == 1 else launch.cdiv(each * programs, blocks)
+    return max(min(wanted, chunks.count), 1, launch.cdiv(chunks.units, MOST_WALK - LONGEST // UNIT))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +191,7 @@ def _launch_sum(
     """The kernel's one call; the fp32 sum of ``shape``, or None with a sink."""
     rows = wide.shape[0]
     blocks = sum(launch.cdiv(width, tile.bn) for _, width in ranges)
-    runs = _runs(chunks, blocks, wide.device)
+    runs = _runs(chunks, blocks, tile.each, wide.device)
     depth = layout.count if not feature_major and per == 1 else 1
     starts, widths = zip(*(*ranges, (0, 0), (0, 0))[:MOST])
     if sink is not None:

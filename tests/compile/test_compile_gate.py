@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import triton
@@ -42,6 +44,7 @@ ROWS = [
 CHOSEN += [
     Case("gemm", "sm_90", outer=6144, count=3), Case("da", "sm_90", outer=6144, count=3), Case("db_ds", "sm_89", outer=6144, count=3),
 ]  # fmt: skip
+CHOSEN += [Case("gemm_specialized", "sm_90", transposed=side) for side in (True, False)]
 CHOSEN += [*ROWS, Case("norm_backward", "sm_89", torch.float32, outer=16384, inner=0)]
 
 
@@ -52,10 +55,16 @@ def test_kernel_fits_and_does_not_spill(case):
     assert report.shared <= tables.SHARED_MEMORY[case.arch], f"{report.shared} bytes of shared memory"
     differs = gate_table.difference(case.name, report, gate_table.load(triton.__version__))
     assert not differs, f"{differs} (python -m bench gate --update accepts it)"
-    if case.arch == "sm_90" and case.operation == "gemm" and case.dtype != torch.float32:
+    if case.arch == "sm_90" and case.operation.startswith("gemm") and case.dtype != torch.float32:
         assert report.wgmma > 0, "no warp-group matrix instruction"
         if case.inner % 8 == 0 and case.inner >= TMA_MIN_INNER:
             assert report.tma > 0, "no bulk tensor copy"
+
+
+def test_the_specialised_gemm_moves_registers_to_the_warps_that_multiply():
+    compiled, _ = compile_case(Case("gemm_specialized", "sm_90"))
+    given = set(re.findall(r"setmaxnreg\.(?:inc|dec)\.sync\.aligned\.u32\s+(\d+)", compiled.asm["ptx"]))
+    assert {"240", "24"} <= given
 
 
 @pytest.mark.parametrize("case", ROWS, ids=lambda case: case.name)

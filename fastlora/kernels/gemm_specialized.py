@@ -1,0 +1,243 @@
+"""The GEMM for Hopper (compute capability 9.0): one warp loads, two warpgroups multiply.
+
+The product, tile and order of sums are those of ``gemm.gemm_tma_kernel``, so are the bits; what differs is who waits for whom. There,
+all warps of a program leave a finished tile together, and the tensor cores rest meanwhile. Here a warp of its own fills a ring of
+STAGES blocks by bulk copies (TMA) and never stops between tiles, and each warpgroup multiplies, rounds and stores its 64 rows by itself.
+The rank-r product is one more block of the ring. Source: the warp-specialised persistent kernels of CUTLASS 3 (NVIDIA), here
+in Gluon, Triton's lower level. Gluon is experimental: where the installed Triton has none, or compiles it no longer, :func:`usable`
+says so and the portable kernel runs, with the same bits.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from triton.compiler.errors import CompilationError
+
+from fastlora.kernels import launch
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    MISSING = None
+except ImportError as error:
+    MISSING = str(error)
+
+# Parts in which a warpgroup stores its columns: two buffers of a quarter are all the shared memory that four stages leave.
+PARTS = 4
+
+
+if MISSING is None:
+
+    # Both were renamed after Triton 3.8.
+    copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+    copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+    @gluon.jit
+    def tile_at(tile, num_m, num_n, GROUP: gl.constexpr):
+        """Row and column of the ``tile``-th output tile: ``tile.grouped_tile``, which Gluon code cannot call."""
+        in_group = GROUP * num_n
+        first = (tile // in_group) * GROUP
+        size = gl.minimum(num_m - first, GROUP)
+        return first + (tile % in_group) % size, (tile % in_group) // size
+
+    @gluon.jit
+    def load_block(
+        d_x, d_w, s_x, s_w, full, empty, turn, m0, n0, i_k,
+        BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr,
+    ):  # fmt: skip
+        """Copy the blocks [BM, BK] of d_x and [BN, BK] (or [BK, BN]) of d_w into the ring's next place, once it is free."""
+        stage = turn % STAGES
+        mbarrier.wait(empty.index(stage), ((turn // STAGES) & 1) ^ 1)
+        bar = full.index(stage)
+        mbarrier.expect(bar, (BM + BN) * BK * 2)
+        for i_half in gl.static_range(2):
+            copy_in(d_x, [m0 + i_half * (BM // 2), i_k], bar, s_x.index(stage * 2 + i_half))
+        if TRANSPOSED:
+            copy_in(d_w, [n0, i_k], bar, s_w.index(stage))
+        else:
+            copy_in(d_w, [i_k, n0], bar, s_w.index(stage))
+
+    @gluon.jit
+    def load_tiles(
+        d_x, d_w, d_s, d_b, s_x, s_w, full, empty, num_m,
+        N: gl.constexpr, K: gl.constexpr, R: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+        TRANSPOSED: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+    ):  # fmt: skip
+        """The loading warp: every block of every tile of this program, in order."""
+        num_n: gl.constexpr = (N + BN - 1) // BN
+        turn = 0
+        for tile in range(gl.program_id(0), num_m * num_n, PROGRAMS):
+            i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
+            for i_k in range(0, K, BK):
+                load_block(d_x, d_w, s_x, s_w, full, empty, turn, i_m * BM, i_n * BN, i_k, BM, BN, BK, STAGES, TRANSPOSED)
+                turn += 1
+            for i_r in gl.static_range(0, R, BK):
+                load_block(d_s, d_b, s_x, s_w, full, empty, turn, i_m * BM, i_n * BN, i_r, BM, BN, BK, STAGES, TRANSPOSED)
+                turn += 1
+
+    @gluon.jit
+    def add_block(
+        b_acc, s_x, s_w, full, empty, turn, before,
+        HALF: gl.constexpr, DEPTH: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr,
+    ):  # fmt: skip
+        """b_acc plus the product of the first DEPTH columns of the ring's next blocks, left running; the block before it is then done,
+        and its place free."""
+        stage = turn % STAGES
+        mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
+        b_x = s_x.index(stage * 2 + HALF)
+        b_w = s_w.index(stage)
+        if TRANSPOSED:
+            b_w = b_w.permute((1, 0))
+        if DEPTH < BK:
+            b_x = b_x.slice(0, DEPTH, dim=1)
+            b_w = b_w.slice(0, DEPTH, dim=0)
+        b_acc = warpgroup_mma(b_x, b_w, b_acc, is_async=True)
+        b_acc = warpgroup_mma_wait(1, deps=[b_acc])
+        mbarrier.arrive(empty.index((turn + STAGES - 1) % STAGES), pred=before)
+        return b_acc
+
+    @gluon.jit
+    def halves(b_acc, HEIGHT: gl.constexpr, WIDTH: gl.constexpr):
+        """The left and the right half of the columns."""
+        return gl.split(gl.permute(gl.reshape(b_acc, (HEIGHT, 2, WIDTH // 2)), (0, 2, 1)))
+
+    @gluon.jit
+    def multiply_tiles(
+        HALF: gl.constexpr, p_bias, d_y, s_x, s_w, s_y, full, empty, num_m,
+        N: gl.constexpr, K: gl.constexpr, R: gl.constexpr, BIAS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+        STAGES: gl.constexpr, TRANSPOSED: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+    ):  # fmt: skip
+        """A multiplying warpgroup: the upper (HALF = 0) or lower rows of every tile of this program."""
+        num_n: gl.constexpr = (N + BN - 1) // BN
+        layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+        turn = 0
+        for tile in range(gl.program_id(0), num_m * num_n, PROGRAMS):
+            i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
+            m0 = i_m * BM + HALF * (BM // 2)
+            n0 = i_n * BN
+            b_acc = gl.zeros((BM // 2, BN), gl.float32, layout)
+            for i_k in range(0, K, BK):
+                b_acc = add_block(b_acc, s_x, s_w, full, empty, turn, i_k > 0, HALF, BK, BK, STAGES, TRANSPOSED)
+                turn += 1
+            for _ in gl.static_range(0, R, BK):
+                # zeros fill a block beyond R: a low rank pays for its own columns alone
+                b_acc = add_block(b_acc, s_x, s_w, full, empty, turn, True, HALF, min(R, BK), BK, STAGES, TRANSPOSED)
+                turn += 1
+            b_acc = warpgroup_mma_wait(0, deps=[b_acc])
+            mbarrier.arrive(empty.index((turn + STAGES - 1) % STAGES))
+            if BIAS:
+                o_n = n0 + gl.arange(0, BN, gl.SliceLayout(0, layout))
+                b_acc += gl.load(p_bias + o_n, mask=o_n < N, other=0.0).to(gl.float32)[None, :]
+            b_left, b_right = halves(b_acc, BM // 2, BN)
+            b_0, b_1 = halves(b_left, BM // 2, BN // 2)
+            b_2, b_3 = halves(b_right, BM // 2, BN // 2)
+            for i_quarter in gl.static_range(4):
+                b_part = b_0 if i_quarter == 0 else b_1 if i_quarter == 1 else b_2 if i_quarter == 2 else b_3
+                b_out = s_y.index(HALF * 2 + i_quarter % 2)
+                tma.store_wait(1)  # the store before the last one has read this buffer
+                b_out.store(b_part.to(d_y.dtype))
+                fence_async_shared()
+                copy_out(d_y, [m0, n0 + i_quarter * (BN // 4)], b_out)
+        tma.store_wait(0)
+
+    @gluon.jit(do_not_specialize=["M"])
+    def gemm_specialized_kernel(
+        d_x, d_w, d_s, d_b, p_bias, d_y, M,
+        N: gl.constexpr, K: gl.constexpr, R: gl.constexpr, TRANSPOSED: gl.constexpr, BIAS: gl.constexpr,
+        BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+    ):  # fmt: skip
+        """d_x [M, K]; d_w [N, K] if TRANSPOSED else [K, N]; d_s [M, R]; d_b [N, R] or [R, N] alike; d_y [M, N]: descriptors, of half a
+        tile's rows of x, s and y. Edges load zeros, and stores clip."""
+        s_x = gl.allocate_shared_memory(d_x.dtype, [STAGES * 2, BM // 2, BK], d_x.layout)
+        s_w = gl.allocate_shared_memory(d_w.dtype, [STAGES, BN, BK] if TRANSPOSED else [STAGES, BK, BN], d_w.layout)
+        s_y = gl.allocate_shared_memory(d_y.dtype, [4, BM // 2, BN // 4], d_y.layout)
+        full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(STAGES):
+            mbarrier.init(full.index(i), count=1)
+            mbarrier.init(empty.index(i), count=2)  # one arrival a warpgroup
+        num_m = (M + BM - 1) // BM
+        # Registers: 240 a thread for the two that multiply (128 of them the sum), 24 for the one that loads.
+        gl.warp_specialize(
+            [
+                (multiply_tiles, (
+                    0, p_bias, d_y, s_x, s_w, s_y, full, empty, num_m,
+                    N, K, R, BIAS, BM, BN, BK, STAGES, TRANSPOSED, GROUP, PROGRAMS,
+                )),
+                (multiply_tiles, (
+                    1, p_bias, d_y, s_x, s_w, s_y, full, empty, num_m,
+                    N, K, R, BIAS, BM, BN, BK, STAGES, TRANSPOSED, GROUP, PROGRAMS,
+                )),
+                (load_tiles, (
+                    d_x, d_w, d_s, d_b, s_x, s_w, full, empty, num_m, N, K, R, BM, BN, BK, STAGES, TRANSPOSED, GROUP,
+                    PROGRAMS,
+                )),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
+
+
+def layout_of(dtype: torch.dtype, rows: int, columns: int):
+    """Swizzled shared memory for a block of [rows, columns]."""
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
+
+
+def _describe(example: torch.Tensor, shape: list[int], strides: list[int], block: list[int]):
+    """Gluon's tensor descriptor, for :func:`fastlora.kernels.launch.descriptor`."""
+    return TensorDescriptor(example, shape, strides, block, layout_of(example.dtype, *block))
+
+
+def blocks_of(tile, *, transposed: bool) -> dict[str, tuple[int, int]]:
+    """The block [rows, columns] of each descriptor of the kernel."""
+
+    x, w = (tile.bm // 2, tile.bk), (tile.bn, tile.bk) if transposed else (tile.bk, tile.bn)
+    return {"d_x": x, "d_w": w, "d_s": x, "d_b": w, "d_y": (tile.bm // 2, tile.bn // PARTS)}
+
+
+_refused: dict[str, str] = {}
+
+
+def usable(arch: str) -> bool:
+    """Whether this kernel serves the architecture and has not been found to fail with the installed Triton."""
+    return arch == "sm_90" and MISSING is None and not _refused
+
+
+def run(x, weight, s, b, bias, out, tile, *, transposed: bool) -> bool:
+    """out [M, N] = x W' + s b' + bias, arguments as :func:`fastlora.kernels.gemm.gemm` prepares them.
+
+    False, with a warning, once in a process: the installed Triton does not compile the kernel. The portable one gives the same bits.
+    """
+    rows, inner = x.shape
+    outer = out.shape[1]
+    rank = 0 if s is None else s.shape[1]
+    tensors = {"d_x": x, "d_w": weight, "d_s": x if s is None else s, "d_b": weight if b is None else b, "d_y": out}
+    blocks = blocks_of(tile, transposed=transposed)
+    made = {name: launch.descriptor(tensors[name], *block, make=_describe) for name, block in blocks.items()}
+    programs = launch.persistent_programs(x.device)
+    tiles = launch.cdiv(rows, tile.bm) * launch.cdiv(outer, tile.bn)
+    try:
+        launch.run(
+            gemm_specialized_kernel, (min(programs, tiles),), tile,
+            made["d_x"], made["d_w"], made["d_s"], made["d_b"], x if bias is None else bias, made["d_y"], rows,
+            N=outer, K=inner, R=rank, TRANSPOSED=transposed, BIAS=bias is not None,
+            BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group, PROGRAMS=programs,
+        )  # fmt: skip
+    except (CompilationError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PassManager" not in str(error):
+            raise
+        _refused["sm_90"] = str(error)
+        warnings.warn(f"the warp-specialised GEMM does not compile with this Triton ({error}); the portable kernel runs", stacklevel=2)
+        return False
+    return True
