@@ -96,6 +96,37 @@ def exact(
     typer.echo(f"results: {path}")
 
 
+@app.command("overhead")
+def overhead(
+    shape: Annotated[str | None, typer.Option(help="As of step. [8b on a GPU, tiny on a CPU]")] = None,
+    layers: Annotated[int | None, typer.Option(help="Only so many decoder layers.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens a step, as four rows.")] = 8192,
+    steps: Annotated[int, typer.Option(help="Steps timed in the trainer: whole intervals between checkpoints.")] = 50,
+    every: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 50,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    output: Output = None,
+    commit: Commit = None,
+) -> None:
+    """What the trainer adds to a step: data, logging, fingerprints and checkpoints."""
+    from bench import overhead as level
+    from bench.provenance import provenance, result_path, write_result
+    from bench.shapes import default_dtype
+
+    for name, value, least in (("tokens", tokens, 4 * level.ROWS), ("steps", steps, 1), ("every", every, 1)):
+        if value < least:
+            raise InputError(f"{name} = {value}: allowed is {least} or more")
+    place, chosen = _place(device, shape, layers)
+    found = level.measure(chosen, place, default_dtype(place), tokens=tokens, steps=steps, every=every)
+    typer.echo(
+        f"{found['trainer_ms']:.1f} ms a step in the trainer over {found['bare']['median_ms']:.1f} ms bare: "
+        f"{found['trainer_over_bare']:.3f} (control {found['control']['median']:.3f})"
+    )
+    made = provenance(commit)
+    path = pathlib.Path(output) if output else result_path(f"overhead-{chosen.name}", made)
+    write_result(path, {"kind": "overhead", "shape": chosen.name, "layers": chosen.layers, "provenance": made} | found)
+    typer.echo(f"results: {path}")
+
+
 def _place(device: str, shape: str | None, layers: int | None):
     """(cuda or cpu, the shape asked for or that device's default)."""
     from bench.shapes import shape_named

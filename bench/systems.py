@@ -141,7 +141,7 @@ def start(spec: Spec, shape: Shape, device: torch.device | str, dtype: torch.dty
         InputError: an optional package that it needs is not installed, or the library refuses what was asked.
     """
     if spec.base == "fastlora":
-        return _fastlora(spec, build(shape, device, dtype), device)
+        return adapted(spec, build(shape, device, dtype), device)
     return _transformers(spec, shape, device, dtype)
 
 
@@ -199,10 +199,10 @@ def _transformers(spec: Spec, shape: Shape, device, dtype) -> Running:
     return Running(compute, clear, update, supervised, tokens, tokens, [f"attention {attention}"])
 
 
-def _fastlora(spec: Spec, model: nn.Module, device) -> Running:
-    """The trainer's own pieces: inject, make_invariant, fuse, Objective, exact, packing, AdamW."""
+def adapted(spec: Spec, model: nn.Module, device, rows: list[Row] | None = None) -> Running:
+    """The trainer's own pieces: inject, make_invariant, fuse, Objective, exact, packing, AdamW. ``rows``: of a step, if not the system's."""
     kind = torch.device(device).type
-    rows = spec.rows(model.config.vocab_size, device)
+    rows = spec.rows(model.config.vocab_size, device) if rows is None else rows
     alignment = spec.aligned(device)
     config = fastlora.LoraConfig(r=spec.rank, lora_alpha=spec.rank, lora_dropout=spec.dropout)
     fastlora.inject(model, config, seed=0)
