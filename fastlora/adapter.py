@@ -66,20 +66,25 @@ def save_adapter(
             written.
         OSError: the disk is full or not writable; files that stood there stay whole.
     """
-    record = require_injection(model)
-    dtype = _save_dtype(save_dtype)
     directory = pathlib.Path(directory)
     if directory.exists() and not directory.is_dir():
         raise InputError(f"directory is {str(directory)!r}, which is a file; allowed is a folder")
-    tensors = {}
-    for key, value in adapter_state(model).items():
-        tensors[key] = value.to("cpu", dtype).contiguous()
-        if not torch.isfinite(tensors[key]).all():
-            raise TrainingError(
-                f"{key} holds values that are not finite in {dtype}; the adapter was not written"
-            )
-    write_files(directory, record.config, tensors)
+    write_files(directory, *gather(model, save_dtype))
     return directory
+
+
+def gather(model: nn.Module, save_dtype: torch.dtype | str | None = None) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """What :func:`save_adapter` writes, copied to the host: what the model does next changes nothing in it.
+
+    Raises:
+        InputError, TrainingError: as :func:`save_adapter`.
+    """
+    record, dtype = require_injection(model), _save_dtype(save_dtype)
+    tensors = {key: value.to("cpu", dtype, copy=True).contiguous() for key, value in adapter_state(model).items()}
+    for key, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise TrainingError(f"{key} holds values that are not finite in {dtype}; the adapter was not written")
+    return record.config, tensors
 
 
 def write_files(

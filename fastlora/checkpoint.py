@@ -7,6 +7,7 @@ A checkpoint is a folder ``checkpoints/step-00000010`` with ``adapter.safetensor
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -49,26 +50,38 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
 
 
-def save(
-    folder: str | os.PathLike, step: int, model: nn.Module, optimizer: torch.optim.Optimizer,
-    identity: dict, extra: dict, keep: int = 2, best: int | None = None,
-) -> pathlib.Path:
-    """Write the checkpoint of ``step`` below ``folder`` and remove all but the newest ``keep`` and that of step ``best``.
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """What a checkpoint of ``step`` will hold, on the host: what the model does next changes nothing in it."""
+
+    step: int
+    adapter: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    state: dict
+
+
+def take(step: int, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict, extra: dict) -> Taken:
+    """Copy adapter, optimiser and position to the host."""
+    adapter = {n: _copied(t) for n, t in sorted(adapter_tensors(model).items())}
+    tensors, scalars = _split(optimizer.state_dict())
+    state = {"layout": LAYOUT, "step": step, "identity": identity, "extra": extra, "optimizer": scalars}
+    return Taken(step, adapter, tensors, copy.deepcopy(state))
+
+
+def write(folder: str | os.PathLike, taken: Taken, keep: int = 2, best: int | None = None) -> pathlib.Path:
+    """Write a checkpoint below ``folder`` and remove all but the newest ``keep`` and that of step ``best``.
 
     Raises:
         TrainingError: the disk is full or not writable; earlier checkpoints stay whole.
     """
     folder = pathlib.Path(folder)
-    final = folder / _name(step)
+    final = folder / _name(taken.step)
     temporary = folder / f".{final.name}.tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        adapter = {n: t.to("cpu").contiguous() for n, t in sorted(adapter_tensors(model).items())}
-        tensors, scalars = _split(optimizer.state_dict())
-        state = {"layout": LAYOUT, "step": step, "identity": identity, "extra": extra,
-                 "optimizer": scalars, "files": {}}
-        for name, content in zip(TENSOR_FILES, (adapter, tensors)):
+        state = taken.state | {"files": {}}
+        for name, content in zip(TENSOR_FILES, (taken.adapter, taken.optimizer)):
             save_file(content, temporary / name, metadata={"format": "pt"})
             state["files"][name] = _md5(temporary / name)
         (temporary / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -86,6 +99,10 @@ def save(
         if best is None or old.name != _name(best):
             _remove(old)
     return final
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _name(step: int) -> str:
@@ -187,7 +204,7 @@ def _split(state: dict) -> tuple[dict[str, torch.Tensor], dict]:
     for index, entry in state["state"].items():
         for key, value in entry.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{key}"] = value.to("cpu").contiguous()
+                tensors[f"{index}.{key}"] = _copied(value)
             else:
                 numbers.setdefault(str(index), {})[key] = value
     return tensors, {"numbers": numbers, "param_groups": state["param_groups"]}

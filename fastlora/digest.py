@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,7 +24,9 @@ from fastlora.errors import InputError
 from fastlora.exact import lora_modules
 
 PREFIX = "base_model.model."  # what PEFT's files put before a module's path
-CHUNK = 2**18  # 32-bit words a fingerprint takes at once
+CHUNK = 2**18  # 32-bit words that share one row of weights
+BLOCK = 2**9  # words of it that are summed first
+GROUP = 16  # chunks a GPU takes at once: 67 MB of products
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -115,7 +118,9 @@ def fingerprint_and_codes(tensors: Mapping[str, torch.Tensor]) -> tuple[str, str
     ordered = {n: tensors[n] for n in sorted(tensors)}
     chunks = list(_chunks(ordered.values()))
     shares = [[0, 0] for _ in ordered]
-    for number, (chunk, ends) in enumerate(zip(chunks, _on_host([_weighted(c) for c in chunks]), strict=True)):
+    running = iter(_on_host([_running_sums(group) for group in _groups(chunks)]))
+    for number, chunk in enumerate(chunks):
+        ends = list(itertools.islice(running, len(chunk)))
         before = (0, 0)
         for (place, _), pair in zip(chunk, ends, strict=True):
             for which in range(2):
@@ -181,27 +186,39 @@ def _chunks(tensors: Iterable[torch.Tensor]) -> Iterator[_Chunk]:
         yield chunk
 
 
-def _weighted(chunk: _Chunk) -> torch.Tensor:
-    """The two weighted sums of one chunk up to the end of each slice, int64 [slices, 2], on the device of its first."""
-    device = chunk[0][1].device
-    if len(chunk) == 1:
-        words = chunk[0][1]
+def _groups(chunks: list[_Chunk]) -> Iterator[list[_Chunk]]:
+    """Chunks that are summed together, all on one device: a GPU would mostly wait for launches if it got one at a time."""
+    for device, some in itertools.groupby(chunks, key=lambda chunk: chunk[0][1].device):
+        some, most = list(some), GROUP if device.type == "cuda" else 1
+        yield from (some[i : i + most] for i in range(0, len(some), most))
+
+
+def _running_sums(group: list[_Chunk]) -> torch.Tensor:
+    """The two weighted sums of each chunk up to the end of each of its slices, int64 [slices, 2], on the device of the first."""
+    device = group[0][0][1].device
+    pieces = [piece.to(device) for chunk in group for _, piece in chunk]
+    words = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    if len(pieces) == 1:
         return torch.stack([(words * row).sum() for row in _weights(device)[:, : words.numel()]])[None]
-    words = torch.cat([p.to(device) for _, p in chunk])
-    ends = [end - 1 for end in itertools.accumulate(p.numel() for _, p in chunk)]
-    products = words * _weights(device)[:, : words.numel()]
-    return products.cumsum(1)[:, torch.tensor(ends, device=device)].T
+    words = nn.functional.pad(words, (0, -words.numel() % CHUNK)).view(len(group), 1, CHUNK)
+    size = math.gcd(CHUNK, BLOCK)
+    products = (words * _weights(device)).view(len(group), 2, CHUNK // size, size)
+    if len(pieces) == len(group):
+        return products.sum((2, 3))
+    # Whole blocks before a slice's last word, and the part of its own block: a scan of a few long rows is slow on a GPU.
+    blocks = products.sum(3)
+    before = blocks.cumsum(2) - blocks
+    last = [end - 1 for chunk in group for end in itertools.accumulate(piece.numel() for _, piece in chunk)]
+    owner = [number for number, chunk in enumerate(group) for _ in chunk]
+    owner, block, place = torch.tensor([owner, [i // size for i in last], [i % size for i in last]], device=device)
+    part = products[owner, :, block] * (torch.arange(size, device=device) <= place[:, None])[:, None]
+    return before[owner, :, block] + part.sum(2)
 
 
-def _on_host(parts: list[torch.Tensor]) -> list[list[list[int]]]:
-    """All chunks' sums as Python integers, in order, with one wait per device."""
-    rows: list[list[list[int]]] = [[] for _ in parts]
-    for device in {p.device for p in parts}:
-        places = [i for i, p in enumerate(parts) if p.device == device]
-        flat = iter(torch.cat([parts[i] for i in places]).tolist())
-        for i in places:
-            rows[i] = list(itertools.islice(flat, len(parts[i])))
-    return rows
+def _on_host(parts: list[torch.Tensor]) -> Iterator[list[int]]:
+    """The rows of all parts as Python integers, in order, with one wait per device in a row."""
+    for _, some in itertools.groupby(parts, key=lambda part: part.device):
+        yield from torch.cat(list(some)).tolist()
 
 
 @functools.lru_cache(maxsize=16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pathlib
 import tempfile
@@ -37,8 +38,9 @@ def atomic_write(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         raise
 
 
+@functools.cache
 def ordinary_mode() -> int:
-    """The permissions that a file made by an ordinary open() gets."""
+    """The permissions that a file made by an ordinary open() gets; looked up once, because looking changes them for a moment."""
     mask = os.umask(0)
     os.umask(mask)
     return 0o666 & ~mask

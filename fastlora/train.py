@@ -15,7 +15,6 @@ from math import fsum
 from torch import nn
 
 from fastlora import blocks, checkpoint, guards, lock, packing, rundata, rundir, stream
-from fastlora.adapter import save_adapter
 from fastlora.config import LoraConfig
 from fastlora.coverage import coverage, coverage_lines
 from fastlora.data import Row
@@ -24,7 +23,6 @@ from fastlora.due import Due
 from fastlora.errors import InputError, TrainingError
 from fastlora.evaluate import Evaluation, best_point, evaluate, out_of_patience
 from fastlora.exact import discard, exact
-from fastlora.files import atomic_write_text
 from fastlora.inject import inject, injection
 from fastlora.interrupt import Interrupt
 from fastlora.invariant import make_invariant
@@ -33,6 +31,7 @@ from fastlora.memory import Budget
 from fastlora.optim import AdamW, StepReport
 from fastlora.report import snapshot
 from fastlora.runreport import TrainResult, draw, finish, slim
+from fastlora.saving import Saver
 from fastlora.selfcheck import exactness_line
 from fastlora.setup import Objective, device_line, longest_row
 from fastlora.train_config import TrainConfig, learning_rates, total_steps
@@ -90,14 +89,17 @@ class Trainer:
                 self._say(left)
             self._resume()
             self._open(stack)
+            self.saver = Saver()
+            stack.callback(self.saver.close)
             with Interrupt() as stop, Progress(self.console, self.total, self.done) as self.progress:
                 if self.evaluation_rows and self.before is None:
                     self._evaluate()
                 last = self.total if stop_after is None else min(stop_after, self.total)
                 while self.done < last and stop.signal is None and not self.ended_early():
                     self._advance()
-            self._save()
+            self.saver.save(self)
             draw(self)
+            self.saver.wait()
             result = finish(self, stop.signal)
         return result
 
@@ -248,12 +250,13 @@ class Trainer:
     def _advance(self) -> None:
         """One optimiser step, its log line, and what is due after it."""
         config, started = self.config, time.perf_counter()
+        self.saver.check()
         try:
             losses, micro_batches, update = self.compute()
         except TrainingError:
             # The parameters are those of the step before: what stopped this one, they are kept.
             if self.done and guards.adapter_is_finite(self.model):
-                self._save()
+                self.saver.save(self)
             raise
         step = self.done
         names = ("tokens", "padded_tokens", "supervised_tokens")
@@ -282,7 +285,7 @@ class Trainer:
         if self.board:
             self.board.step(record)
         if due:
-            self._save()
+            self.saver.save(self)
         self.due.picture(lambda: draw(self))
 
     def _update(self, rows: Sequence[Row], step: int) -> StepReport:
@@ -321,26 +324,6 @@ class Trainer:
     def ended_early(self) -> bool:
         """Whether held-out loss has had no new low for as long as ``early_stopping_patience`` allows."""
         return out_of_patience(self.held_out, self.config.early_stopping_patience)
-
-    def _save(self) -> None:
-        """Checkpoint and adapter as they are now."""
-        plain = {name: value and [list(value.losses), list(value.tokens)]
-                 for name, value in (("before", self.before), ("after", self.after))}
-        extra = {"held_out": self.held_out, **plain, "versions": rundir.versions(),
-                 "underflow": self.optimizer.underflow_counts()}
-        best = best_point(self.held_out)
-        checkpoint.save(self.checkpoints, self.done, self.model, self.optimizer, self.identity, extra,
-                        self.config.keep_checkpoints, best and best[0])
-        folders = [self.folder, self.folder / rundir.BEST] if best and best[0] == self.done else [self.folder]
-        for folder in folders:
-            try:
-                save_adapter(self.model, folder, self.config.save_dtype)
-            except OSError as error:
-                raise TrainingError(f"{folder}: the adapter could not be written ({error}); the old file is "
-                                    "whole") from error
-        if len(folders) > 1:  # what `fastlora generate` reads the format from
-            atomic_write_text(folders[1] / rundir.RUN, (self.folder / rundir.RUN).read_text(encoding="utf-8"))
-        self.due.saved()
 
     def one_thread(self):
         """Around whatever must not depend on the number of CPU threads."""

@@ -121,10 +121,11 @@ def token_sum_kernel(
             key = tl.max(tl.where(m_q, b_key, 0))
             pair = tl.sum(tl.where(m_q, b_pair, 0))
             broken = key >= 0x7F800000
-            tl.atomic_min(p_q, first_chunk + first_here + 1023 - (key - 0x7F800000), mask=broken, sem="relaxed")
+            number = first_chunk + first_here + 1023 - (key - 0x7F800000)
+            tl.atomic_min(p_q, number.to(tl.int64), mask=broken, sem="relaxed")
             tl.atomic_max(p_q + 1, key.to(tl.int64), mask=broken == 0, sem="relaxed")
-            tl.atomic_add(p_q + 2, pair & 0xFFFFFFFF, sem="relaxed")
-            tl.atomic_add(p_q + 3, pair >> 32, sem="relaxed")
+            tl.atomic_add(p_q + 2, (pair & 0xFFFFFFFF).to(tl.int64), sem="relaxed")
+            tl.atomic_add(p_q + 3, (pair >> 32).to(tl.int64), sem="relaxed")
     else:
         tl.store(p_out + i_run.to(tl.int64) * OUT_SIZE + o_out, b_sum, mask=m_out)
 

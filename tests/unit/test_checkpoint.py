@@ -34,7 +34,7 @@ def advance(model, optimizer, step):
 
 def test_restore_goes_on_with_the_same_bytes(tmp_path):
     model, optimizer = trained()
-    checkpoint.save(tmp_path, 2, model, optimizer, {"a": 1}, {"note": "x"})
+    checkpoint.write(tmp_path, checkpoint.take(2, model, optimizer, {"a": 1}, {"note": "x"}))
     advance(model, optimizer, 2)
     other, other_optimizer = trained(seed=5, steps=0)
     found = checkpoint.latest(tmp_path)
@@ -50,7 +50,7 @@ def test_restore_goes_on_with_the_same_bytes(tmp_path):
 def test_save_keeps_the_newest(tmp_path):
     model, optimizer = trained()
     for step in (1, 2, 3):
-        checkpoint.save(tmp_path, step, model, optimizer, {}, {}, keep=2)
+        checkpoint.write(tmp_path, checkpoint.take(step, model, optimizer, {}, {}), keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
 
 
@@ -58,7 +58,7 @@ def test_save_keeps_the_newest(tmp_path):
 def test_latest_passes_over_a_truncated_checkpoint(tmp_path, name):
     model, optimizer = trained()
     for step in (1, 2):
-        checkpoint.save(tmp_path, step, model, optimizer, {}, {})
+        checkpoint.write(tmp_path, checkpoint.take(step, model, optimizer, {}, {}))
     damaged = tmp_path / "step-00000002" / name
     damaged.write_bytes(damaged.read_bytes()[:-7])
     found = checkpoint.latest(tmp_path)
@@ -84,20 +84,20 @@ def test_check_identity_names_the_first_difference():
 
 def test_save_leaves_the_old_one_whole_when_writing_fails(tmp_path, monkeypatch):
     model, optimizer = trained()
-    checkpoint.save(tmp_path, 1, model, optimizer, {}, {})
+    checkpoint.write(tmp_path, checkpoint.take(1, model, optimizer, {}, {}))
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(TrainingError, match="No space left"):
-        checkpoint.save(tmp_path, 2, model, optimizer, {}, {})
+        checkpoint.write(tmp_path, checkpoint.take(2, model, optimizer, {}, {}))
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     assert checkpoint.latest(tmp_path).step == 1
 
 
 def test_no_pickle_in_a_checkpoint(tmp_path):
     model, optimizer = trained()
-    folder = checkpoint.save(tmp_path, 1, model, optimizer, {}, {})
+    folder = checkpoint.write(tmp_path, checkpoint.take(1, model, optimizer, {}, {}))
     assert sorted(p.name for p in folder.iterdir()) == [
         "adapter.safetensors", "optimizer.safetensors", "state.json"]

@@ -194,3 +194,15 @@ def test_fingerprint_and_codes_name_the_tensor_that_changed(monkeypatch) -> None
             odd = [n for i, n in enumerate(sorted(tensors)) if codes[4 * i :][:4] != theirs[4 * i :][:4]]
             assert changed != whole and odd == [name]
     module._weights.cache_clear()
+
+
+def test_chunks_summed_together_give_the_sums_of_each(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 64)
+    module._weights.cache_clear()
+    draw = torch.Generator().manual_seed(0)
+    for sizes in ([5, 300, 7, 64, 1, 131], [64, 64, 64], [700], [3] * 50):
+        tensors = [torch.randn(n, generator=draw) for n in sizes]
+        chunks = list(module._chunks(tensors))
+        together = module._running_sums(chunks)
+        assert torch.equal(together, torch.cat([module._running_sums([chunk]) for chunk in chunks]))
+    module._weights.cache_clear()
