@@ -189,8 +189,8 @@ def _chunks(tensors: Iterable[torch.Tensor]) -> Iterator[_Chunk]:
 def _groups(chunks: list[_Chunk]) -> Iterator[list[_Chunk]]:
     """Chunks that are summed together, all on one device: a GPU would mostly wait for launches if it got one at a time."""
     for device, some in itertools.groupby(chunks, key=lambda chunk: chunk[0][1].device):
-        some, most = list(some), GROUP if device.type == "cuda" else 1
-        yield from (some[i : i + most] for i in range(0, len(some), most))
+        together, most = list(some), GROUP if device.type == "cuda" else 1
+        yield from (together[i : i + most] for i in range(0, len(together), most))
 
 
 def _running_sums(group: list[_Chunk]) -> torch.Tensor:
