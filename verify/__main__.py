@@ -7,6 +7,7 @@ not covered. 2: bad input, said in the last line. 130: interrupted; the report h
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from typing import Annotated
@@ -14,7 +15,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from verify import BEGUN, own_model, replay, report, runner, seeds, terminal
+from verify import BEGUN, own_model, parallel, replay, report, runner, seeds, terminal
 from verify import budget as times
 from verify.claims import CLAIMS
 from verify.runner import Found
@@ -48,6 +49,9 @@ def verify(
     mutants: Annotated[
         bool, typer.Option("--mutants", help="plant faults; a survivor fails")
     ] = False,
+    jobs: Annotated[
+        int | None, typer.Option(help="processes that plant faults, with --mutants [one for two cores, at most 6]")
+    ] = None,
     case: Annotated[
         str | None, typer.Option(help="one case as a failure prints it, with one --claim")
     ] = None,
@@ -72,6 +76,8 @@ def verify(
         raise BadSubject(f"--cases: {cases}; allowed is 1 or more")
     if seeds_ is not None and seeds_ < 1:
         raise BadSubject(f"--seeds: {seeds_}; allowed is 1 or more")
+    if jobs is not None and (jobs < 1 or not mutants):
+        raise BadSubject(f"--jobs: {jobs}; allowed is 1 or more, with --mutants")
     if case is not None and (claim is None or len(claim) != 1):
         raise BadSubject("--case: allowed with exactly one --claim")
     single = None if case is None else replay.parse(case)
@@ -85,7 +91,7 @@ def verify(
         cuts, names = own_model.check(model, data, splits, claim, others), ["splits"]
         subjects = []
     else:
-        subjects = [runner.load_subject(subject)] if subject else _built_in(device)
+        subjects = runner.subjects_of(subject, device)
     settings = {
         "claims": names,
         "subject": subject,
@@ -117,7 +123,10 @@ def verify(
             elif seeds_ is not None:
                 seeds.run(subjects, names, range(seed, seed + seeds_), cases or 2, found, lambda: keep(False))
             elif mutants:
-                runner.run_mutants(subjects, seed, lambda _: keep(False), found)
+                runner.run_mutants(
+                    subjects, seed, lambda _: keep(False), found, again=functools.partial(runner.subjects_of, subject, device),
+                    jobs=parallel.default_jobs() if jobs is None else jobs,
+                )  # fmt: skip
             elif not subjects:
                 found.outcomes += runner.nothing_to_run(names, f"no subject on this machine for --device {device}")
             else:
@@ -161,13 +170,6 @@ def _reproduce(console: Console, found: Found, subjects, name: str | None, devic
         small = replay.shrunk(by_name[outcome.subject], outcome.claim, case, share, seed) if share > 0 else case
         console.print("to see it again:")
         print(f"  {replay.command(name, device, outcome.claim, small)}")
-
-
-def _built_in(device: str):
-    # Imported here alone: a subject of one's own needs no fastlora.
-    from verify.subjects import built_in
-
-    return built_in(device)
 
 
 def main() -> None:

@@ -10,13 +10,12 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from verify import sharpness
+from verify import parallel
 from verify.budget import Timed, unfinished
 from verify.claims import CLAIMS
 from verify.claims.outcome import FAIL, Outcome
 from verify.histogram import Histogram, watching
-from verify.mutants import MUTANTS
-from verify.mutants.table import SURVIVED, UNSEEN, Kill, try_mutant
+from verify.mutants.table import SURVIVED, UNSEEN, Kill
 from verify.sharpness import Sharpness
 from verify.shuffle import shuffled_programs
 from verify.subject import BadSubject, Subject
@@ -64,6 +63,20 @@ def load_subject(name: str) -> Subject:
         kind = type(subject).__name__
         raise BadSubject(f"--subject: {name!r} is {kind}; allowed is a verify.subject.Subject")
     return subject
+
+
+def subjects_of(name: str | None, device: str) -> list[Subject]:
+    """The subject named ``module:object``, or the built-in ones for ``device``.
+
+    Raises:
+        BadSubject: as :func:`load_subject`.
+    """
+    if name:
+        return [load_subject(name)]
+    # Imported here alone: a subject of one's own needs no fastlora.
+    from verify.subjects import built_in
+
+    return built_in(device)
 
 
 @dataclass
@@ -135,17 +148,22 @@ def nothing_to_run(names: Iterable[str], reason: str) -> list[Outcome]:
 
 
 def run_mutants(
-    subjects: list[Subject], seed: int, after_each: Callable[[Found], None], found: Found | None = None
+    subjects: list[Subject],
+    seed: int,
+    after_each: Callable[[Found], None],
+    found: Found | None = None,
+    *,
+    again: Callable[[], list[Subject]] | None = None,
+    jobs: int = 1,
 ) -> list[Kill]:
-    """Every planted fault on every subject, then how sharp the claims are on it."""
+    """Every planted fault on every subject, then how sharp the claims are on it; see :func:`verify.parallel.tried`."""
     found = Found() if found is None else found
-    with shuffled_programs(seed):
-        for subject in subjects:
-            for mutant in MUTANTS:
-                found.kills.append(try_mutant(mutant, subject, seed, with_rules=True))
-                after_each(found)
-            found.sharpness += sharpness.measure(subject, seed)
-            after_each(found)
+    for each in parallel.tried(parallel.all_tasks(subjects, seed), subjects, again, jobs):
+        if isinstance(each, Kill):
+            found.kills.append(each)
+        else:
+            found.sharpness += each
+        after_each(found)
     return found.kills
 
 

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import re
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
-from verify import publish, rules, runner, sharpness, subjects
+from verify import parallel, publish, rules, runner, sharpness, subjects
 from verify.claims import CLAIMS
 from verify.mutants import MUTANTS
 from verify.mutants.base import EVERYWHERE, GROUPS, PARTS, Mutant
@@ -103,3 +106,20 @@ def test_sharpness_catches_what_is_a_little_outside_its_bound():
         assert 0 < row.typical <= row.used <= 1
         assert row.caught <= row.always <= 2
         assert row.ratio < 100
+
+
+def test_mutants_in_two_processes_give_the_table_of_one():
+    again = functools.partial(runner.subjects_of, "verify.plain:SUBJECT", "cpu")
+    tasks = parallel.all_tasks(again(), 0)
+    assert [task.mutant for task in tasks] == [*range(len(MUTANTS)), None]
+    one, two = ([dataclasses.replace(kill, seconds=0.0) for kill in parallel.tried(tasks[:4], again(), again, jobs)] for jobs in (1, 2))
+    assert one == two
+    assert [kill.mutant for kill in two] == [mutant.name for mutant in MUTANTS[:4]]
+    assert {kill.verdict for kill in two} == {KILLED}
+
+
+def test_a_worker_that_cannot_begin_ends_the_run():
+    nothing = functools.partial(runner.subjects_of, "verify.plain:NOTHING", "cpu")
+    tasks = parallel.all_tasks([SUBJECT], 0)[:2]
+    with pytest.raises(BrokenProcessPool):
+        list(parallel.tried(tasks, [SUBJECT], nothing, 2))
