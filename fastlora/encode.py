@@ -38,6 +38,15 @@ def check_text(text: object, field: str) -> str:
     return text
 
 
+def is_utf8(text: str) -> bool:
+    """Whether UTF-8 can hold ``text``: it holds no half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def tokenize(tokenizer, text: str) -> list[int]:
     """Token ids of ``text`` with nothing added at either end."""
     # verbose=False: the length limit is checked by data.py, which names the line.

@@ -90,8 +90,17 @@ def encode_record(record: dict, tokenizer) -> tuple[list[int], list[bool]]:
         return encode.encode_text(tokenizer, record["text"])
     if shape == "instruction" and format_of(shape, tokenizer) != "messages":
         return encode.encode_pair(tokenizer, *alpaca_pair(record))
+    return template.encode_messages(tokenizer, *chat_of(record, shape))
+
+
+def chat_of(record: dict, shape: str) -> tuple[object, list | None]:
+    """(messages, tools) of a row whose :func:`shape_of` is trained as a chat; the messages are not checked.
+
+    Raises:
+        RowError: the row cannot be read as messages.
+    """
     messages = {"messages": _messages, "conversations": sharegpt_messages, "instruction": alpaca_messages}[shape](record)
-    return template.encode_messages(tokenizer, messages, tools=record.get("tools") or None)
+    return messages, record.get("tools") or None
 
 
 def _messages(record: dict) -> object:

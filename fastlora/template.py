@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jinja2
+import numpy as np
 
 from fastlora.encode import RowError, check_text, end_id, tokenize
 from fastlora.errors import InputError
@@ -22,6 +23,9 @@ from fastlora.errors import InputError
 # The word alone would do for detection by transformers too; whitespace control may stand on either
 # side.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+# Templates refuse by raise_exception, or trip over a field of a type they did not expect.
+REFUSALS = (jinja2.TemplateError, TypeError, KeyError, ValueError, IndexError)
 
 # What the probe in stop_ids says as the assistant: found again in the rendered text.
 _PROBE = "fastloraprobe"
@@ -112,6 +116,11 @@ def check_messages(messages: object) -> None:
             raise RowError("empty_completion", f"message {place}, of the assistant, is empty")
 
 
+def turns_of(messages: Sequence[dict]) -> list[int]:
+    """Places of the assistant's messages, counted from 0."""
+    return [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+
+
 def encode_messages(
     tokenizer, messages: object, tools: list | None = None
 ) -> tuple[list[int], list[bool]]:
@@ -130,7 +139,7 @@ def encode_messages(
     """
     marked = has_generation_marks(tokenizer)
     check_messages(messages)
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = turns_of(messages)
     if not turns:
         raise RowError("no_supervised_token", "no message of the assistant, so no supervised token")
     if marked:
@@ -144,8 +153,7 @@ def encode_messages(
 def _render(tokenizer, messages: Sequence[dict], tools: list | None = None, **options) -> str:
     try:
         return tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, **options)
-    except (jinja2.TemplateError, TypeError, KeyError, ValueError, IndexError) as error:
-        # Templates refuse by raise_exception, or trip over a field of a type they did not expect.
+    except REFUSALS as error:
         raise RowError("template", f"the chat template refuses the messages: {error}") from error
 
 
@@ -161,7 +169,7 @@ def _by_marks(
             return_assistant_tokens_mask=True,
             tokenizer_kwargs={"verbose": False},
         )
-    except (jinja2.TemplateError, TypeError, KeyError, ValueError, IndexError) as error:
+    except REFUSALS as error:
         raise RowError("template", f"the chat template refuses the messages: {error}") from error
     return list(encoded["input_ids"]), [bool(on) for on in encoded["assistant_masks"]]
 
@@ -171,6 +179,10 @@ def _by_prefixes(
 ) -> tuple[list[int], list[bool]]:
     ids = tokenize(tokenizer, _render(tokenizer, messages, tools))
     supervised = [False] * len(ids)
+
+    def decode(token: int, **options) -> str:
+        return tokenizer.decode([token], **options)
+
     for turn in turns:
         before = tokenize(
             tokenizer, _render(tokenizer, messages[:turn], tools, add_generation_prompt=True)
@@ -188,14 +200,22 @@ def _by_prefixes(
                 " (prefixes disagree); use a template with {% generation %} marks, or end the row"
                 " at this message",
             )
-        stop = len(through)
-        while stop > len(before) and not tokenizer.decode([ids[stop - 1]]).strip():
-            stop -= 1
-        # Only white space behind an end token is dropped; without one it may be what ends the turn.
-        if tokenizer.decode([ids[stop - 1]], skip_special_tokens=True):
-            stop = len(through)
+        stop = turn_end(decode, ids, len(before), len(through))
         supervised[len(before) : stop] = [True] * (stop - len(before))
     return ids, supervised
+
+
+def turn_end(decode: Callable[..., str], ids: list[int], before: int, through: int) -> int:
+    """Where the supervised tokens of a turn end that lies in ``ids[before:through]``.
+
+    Args:
+        decode: one token as text; takes ``skip_special_tokens``.
+    """
+    stop = through
+    while stop > before and not decode(ids[stop - 1]).strip():
+        stop -= 1
+    # Only white space behind an end token is dropped; without one it may be what ends the turn.
+    return through if decode(ids[stop - 1], skip_special_tokens=True) else stop
 
 
 def _check_decoded(
@@ -206,30 +226,60 @@ def _check_decoded(
         raise RowError(
             "no_supervised_token", "the chat template's {% generation %} marks hold no token"
         )
+    said = [
+        tokenizer.decode(ids[start:stop], clean_up_tokenization_spaces=False)
+        for start, stop in spans(supervised)
+    ]
+    number = first_unsaid(messages, said)
+    if number:
+        raise RowError(
+            "template",
+            f"the supervised tokens do not decode to what message {number}, of the assistant,"
+            " says",
+        )
+
+
+def spans(supervised: Sequence[bool]) -> list[tuple[int, int]]:
+    """(first, one past the last) of each run of supervised tokens."""
+    on = np.asarray(supervised, bool)
+    edges = (np.flatnonzero(on[1:] != on[:-1]) + 1).tolist()
+    if on[:1].any():
+        edges.insert(0, 0)
+    return list(zip(edges[::2], [*edges[1::2], len(on)]))
+
+
+def first_unsaid(messages: Sequence[dict], said: list[str]) -> int:
+    """Which message of the assistant is not found in what the supervised spans decode to, in order.
+
+    Returns:
+        its place, counted from 1; 0 if all are there.
+    """
     # A separator that cannot glue the end of one turn to the start of the next.
-    spans, start = [], None
-    for index, on in enumerate([*supervised, False]):
-        if on and start is None:
-            start = index
-        elif not on and start is not None:
-            spans.append(tokenizer.decode(ids[start:index], clean_up_tokenization_spaces=False))
-            start = None
-    text = _squeeze("\n".join(spans))
+    text = "\n".join(said)
+    asked = {
+        number: message["content"]
+        for number, message in enumerate(messages, start=1)
+        if message["role"] == "assistant" and message.get("content") is not None
+    }
+    # What stands there to the letter stands there without white space too; beyond ASCII, NFKC may join what meets.
+    if text.isascii() and not _first_missing(text, asked):
+        return 0
+    return _first_missing(_squeeze(text), {number: _squeeze(said) for number, said in asked.items()})
+
+
+def _first_missing(text: str, parts: dict[int, str]) -> int:
+    """The key of the first of ``parts`` that does not follow the one before somewhere in ``text``; 0 if all do."""
     place = 0
-    for number, message in enumerate(messages, start=1):
-        if message["role"] != "assistant" or message.get("content") is None:
-            continue
-        content = _squeeze(message["content"])
-        found = text.find(content, place)
+    for key, part in parts.items():
+        found = text.find(part, place)
         if found < 0:
-            raise RowError(
-                "template",
-                f"the supervised tokens do not decode to what message {number}, of the assistant,"
-                " says",
-            )
-        place = found + len(content)
+            return key
+        place = found + len(part)
+    return 0
 
 
 def _squeeze(text: str) -> str:
     """``text`` in NFKC (tokenizers may normalise) without white space (templates trim, decoders add)."""
-    return "".join(unicodedata.normalize("NFKC", text).split())
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+    return "".join(text.split())

@@ -8,8 +8,9 @@ from collections import Counter
 import numpy as np
 
 from fastlora import template, weights
-from fastlora.encode import RowError
-from fastlora.shapes import alpaca_pair, encode_record, format_of, shape_of
+from fastlora.chats import Encoded, encode_chats
+from fastlora.encode import RowError, is_utf8
+from fastlora.shapes import alpaca_pair, chat_of, encode_record, format_of, shape_of
 from fastlora.sources import Task, parse, records
 from fastlora.token_rows import IDS, INDEX, MASK, make_row
 
@@ -58,7 +59,7 @@ class Ahead:
 
     def see(self, texts: list[str]) -> None:
         """Tokenize more texts in one call."""
-        texts = [text for text in dict.fromkeys(texts) if text not in self._ready and _is_utf8(text)]
+        texts = [text for text in dict.fromkeys(texts) if text not in self._ready and is_utf8(text)]
         if texts:
             found = self._tokenizer(texts, add_special_tokens=False, verbose=False, return_attention_mask=False,
                                     return_token_type_ids=False)
@@ -84,10 +85,7 @@ class Ahead:
 
 
 def seen_ahead(shape: str, values: list, tokenizer) -> Ahead:
-    """A tokenizer that has seen what encoding these rows will ask for, as far as it is known before.
-
-    A chat's text is known once its template has run: chats are tokenized one by one.
-    """
+    """A tokenizer that has seen what encoding these rows will ask for; for chats see :func:`chats_ahead`."""
     if shape == "text":
         texts = [value.get("text") for value in values if isinstance(value, dict)]
         return Ahead(tokenizer, [text for text in texts if isinstance(text, str)])
@@ -100,6 +98,28 @@ def seen_ahead(shape: str, values: list, tokenizer) -> Ahead:
     return ahead
 
 
+def chats_ahead(shape: str, values: list, tokenizer) -> list[Encoded | None]:
+    """Of each row that is a chat its ids and mask, encoded with the others; None for one that has to be encoded alone.
+
+    Raises:
+        InputError: the tokenizer has no chat template.
+    """
+    found: list[Encoded | None] = [None] * len(values)
+    if shape and format_of(shape, tokenizer) == "messages":
+        chats = {place: chat for place, value in enumerate(values) if (chat := _chat(shape, value))}
+        for place, encoded in zip(chats, encode_chats(tokenizer, chats.values())):
+            found[place] = encoded
+    return found
+
+
+def _chat(shape: str, value: object) -> tuple | None:
+    """The messages and tools of a row of this shape, else None."""
+    try:
+        return chat_of(value, shape) if shape_of(value) == shape else None
+    except RowError:
+        return None
+
+
 def _pair(shape: str, value: object) -> tuple[str, str] | None:
     """The prompt and completion of a row that has them whole, else None."""
     if not isinstance(value, dict):
@@ -108,11 +128,7 @@ def _pair(shape: str, value: object) -> tuple[str, str] | None:
         pair = alpaca_pair(value) if shape == "instruction" else (value["prompt"], value["completion"])
     except (RowError, KeyError):
         return None
-    return pair if all(isinstance(text, str) and _is_utf8(text) for text in pair) else None
-
-
-def _is_utf8(text: str) -> bool:
-    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+    return pair if all(isinstance(text, str) and is_utf8(text) for text in pair) else None
 
 
 def encode_task(task: Task, encoding: Encoding) -> Piece:
@@ -136,11 +152,12 @@ def encode_task(task: Task, encoding: Encoding) -> Piece:
     ends = frozenset()
     if found and encoding.shape:
         ends = template.stop_ids(encoding.tokenizer, format_of(encoding.shape, encoding.tokenizer))
+    chats = chats_ahead(encoding.shape, [value for *_, value in found], encoding.tokenizer)
     rows = []
-    for number, begin, value in found:
+    for (number, begin, value), chat in zip(found, chats):
         tokenizer.next_row()
         try:
-            rows.append((number, begin, _row(value, tokenizer, encoding, ends, counts)))
+            rows.append((number, begin, _row(value, chat, tokenizer, encoding, ends, counts)))
         except RowError as error:
             problems.append((number, begin, error.kind, str(error)))
     problems.sort(key=lambda problem: problem[0])
@@ -156,11 +173,11 @@ def encode_task(task: Task, encoding: Encoding) -> Piece:
     return Piece(ids, mask, index, counts, problems)
 
 
-def _row(value: object, tokenizer, encoding: Encoding, ends: frozenset[int], counts: Counter):
+def _row(value: object, chat: Encoded | None, tokenizer, encoding: Encoding, ends: frozenset[int], counts: Counter):
     shape = shape_of(value)
     if shape != encoding.shape:
         raise RowError("bad_format", f"format {shape} in a file whose first row is {encoding.shape}; use one format a file")
-    ids, supervised = encode_record(value, tokenizer)
+    ids, supervised = encode_record(value, tokenizer) if chat is None else chat
     # Truncation takes end tokens away on purpose, so rows are looked at before it.
     ending = any(on and token in ends for token, on in zip(reversed(ids), reversed(supervised)))
     limit = encoding.max_length
