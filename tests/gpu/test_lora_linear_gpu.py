@@ -92,10 +92,10 @@ def test_lora_linear_exact_sums_equal_for_every_cut(rank, dropout):
 
 
 def test_lora_linear_compiles_nothing_for_a_new_length():
-    from fastlora.kernels import gemm, project, token_sum
+    from fastlora.kernels import gemm, gemm_specialized, project, token_sum
 
     kernels = (
-        gemm.gemm_kernel, gemm.gemm_tma_kernel, project.project_kernel, token_sum.token_sum_kernel,
+        gemm.gemm_kernel, gemm.gemm_tma_kernel, gemm_specialized.gemm_specialized_kernel, project.project_kernel, token_sum.token_sum_kernel,
         token_sum.reduce_ds_kernel,
     )  # fmt: skip
 
