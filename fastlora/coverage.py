@@ -9,6 +9,7 @@ from torch import nn
 from fastlora.callable_module import make_callable
 from fastlora.errors import InputError
 from fastlora.experts import ExpertLora
+from fastlora.families import head_of
 from fastlora.inject import lora_layers
 from fastlora.modules import LoraLinear
 from fastlora.ops import backend
@@ -42,11 +43,14 @@ def coverage(model: nn.Module, strict: bool = False) -> list[CoverageRow]:
     Raises:
         InputError: under ``strict``, naming the projections and reasons.
     """
-    rows = []
+    rows, head = [], head_of(model)
     for path, module in model.named_modules():
         if isinstance(module, (LoraLinear, ExpertLora)):
+            backend_name, reason = lora_backend(module)
+            if head is not None and module is head.lora and not module.merged:
+                reason += ", in training inside the fused loss"
             rows.append(
-                CoverageRow(module.target, module.target.rpartition(".")[2], *lora_backend(module))
+                CoverageRow(module.target, module.target.rpartition(".")[2], backend_name, reason)
             )
         elif type(module).__name__ == "FrozenLinear":  # what fastlora.invariant puts in
             rows.append(CoverageRow(path, path.rpartition(".")[2], "reference", _FROZEN))

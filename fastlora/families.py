@@ -112,13 +112,15 @@ class Head(NamedTuple):
     """How a model gets from tokens to logits, for a loss that never holds the logits.
 
     logits = softcap * tanh(z / softcap) with z = logit_scale * hidden weight^T; without a soft-cap,
-    z.
+    z. With an adapter on the head, ``lora`` is its LoraLinear, of which ``weight`` is the base's: who
+    computes logits from ``weight`` adds what ``lora.in_loss`` says.
     """
 
     decoder: Callable[..., torch.Tensor]
     weight: torch.Tensor
     softcap: float | None
     logit_scale: float
+    lora: nn.Module | None = None
 
 
 class Decoder:
@@ -148,7 +150,7 @@ def family_of(model: nn.Module) -> Family:
 
 
 def head_of(model: nn.Module) -> Head | None:
-    """``(decoder, lm_head weight [V, H], softcap, logit_scale)`` of a causal model of a known
+    """``(decoder, lm_head weight [V, H], softcap, logit_scale, lora)`` of a causal model of a known
     family, else None.
 
     None also where a known family's head has a bias or is no linear layer, or the model is no
@@ -160,7 +162,8 @@ def head_of(model: nn.Module) -> Head | None:
         return None
     softcap = getattr(model.config, family.softcap_field) if family.softcap_field else None
     divisor = getattr(model.config, family.divisor_field) if family.divisor_field else 1.0
-    return Head(Decoder(model.get_decoder()), head.weight, softcap, 1.0 / divisor)
+    lora = head if hasattr(head, "lora_A") else None
+    return Head(Decoder(model.get_decoder()), head.weight, softcap, 1.0 / divisor, lora)
 
 
 def batch_dependent_rope(model: nn.Module) -> str | None:

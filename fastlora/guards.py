@@ -170,7 +170,7 @@ def check_reached(objective: Objective, rows: Sequence[Row], alignment: int, dev
                 loss = objective(batch)
                 finite_or_raise(loss.documents, batch.lines, 1, objective, batch)
                 if loss.total.requires_grad:
-                    loss.total.backward()
+                    loss.backward()
             counts = read_stats([m.sums[1] for _, m in modules])
         finally:
             discard(model)
@@ -271,7 +271,7 @@ def blame_gradient(objective: Objective, rows: Sequence[Row], alignment: int, de
         batch = packing.collate([row], [ids[index]], alignment, device, seed, step)
         try:
             with stream.use(batch.stream), exact(model):
-                objective(batch).total.backward()
+                objective(batch).backward()
             # Backward runs from the end: the last module of the model to be hit is where it began.
             for name, module in reversed(modules):
                 for sums in module.sums:

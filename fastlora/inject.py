@@ -52,8 +52,8 @@ def inject(
 
     Raises:
         InputError: the model has adapters already; a target matches nothing, twice, or no plain
-            linear layer (no expert weights that are known); it is the output head, or its weight is
-            shared (tied); near misses are listed. The model is then unchanged.
+            linear layer (no expert weights that are known); its weight is shared (as a tied output
+            head's is); near misses are listed. The model is then unchanged.
     """
     config = LoraConfig() if config is None else config
     return _inject(model, config, seed, lenient=False)

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastlora.errors import InputError
 from fastlora.ops.dropout import DropoutKey, module_key
+from fastlora.ops.head_lora import HeadLora
 from fastlora.ops.lora_linear import lora_linear
 from fastlora.stream import active
 
@@ -149,6 +150,28 @@ class LoraLinear(nn.Linear):
             dropout=dropout,
             key=self._dropout_key(x) if dropout else None,
             sums=self.sums if self.exact else None,
+        )
+
+    def in_loss(
+        self, hidden: torch.Tensor, weights: torch.Tensor | None = None, gradient_scale: float = 1.0
+    ) -> HeadLora | None:
+        """What this layer, as the head, adds to the fused loss of ``hidden`` [M, K]; None: nothing, it
+        is merged.
+
+        See :class:`fastlora.ops.head_lora.HeadLora` for the weights and the scale.
+        """
+        if self.merged:
+            return None
+        dropout = self.lora_dropout if self.training else 0.0
+        return HeadLora(
+            self.lora_A.weight,
+            self.lora_B.weight,
+            self.scaling,
+            dropout,
+            self._dropout_key(hidden) if dropout else None,
+            self.sums if self.exact else None,
+            weights,
+            gradient_scale,
         )
 
     def _dropout_key(self, x: torch.Tensor) -> DropoutKey:

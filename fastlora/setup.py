@@ -266,11 +266,17 @@ class BatchLoss:
             document's weight.
         documents: that sum for each document of the stream, detached, float64 [documents].
         supervised: tokens counted.
+        gradient_scale: by what :meth:`backward` multiplies the sum.
     """
 
     total: torch.Tensor
     documents: torch.Tensor
     supervised: int
+    gradient_scale: float = 1.0
+
+    def backward(self) -> None:
+        """The backward pass of ``total`` times ``gradient_scale``."""
+        (self.total * self.gradient_scale).backward()
 
 
 class Objective:
@@ -283,10 +289,13 @@ class Objective:
         model: a causal language model.
         label_smoothing, z_loss: see :func:`fastlora.ops.linear_cross_entropy.linear_cross_entropy`.
         weighted: whether the documents' weights count.
+        gradient_scale: a power of two, by which ``backward`` of the losses multiplies them.
     """
 
-    def __init__(self, model: nn.Module, label_smoothing: float = 0.0, z_loss: float = 0.0, weighted: bool = True) -> None:
+    def __init__(self, model: nn.Module, label_smoothing: float = 0.0, z_loss: float = 0.0, weighted: bool = True,
+                 gradient_scale: float = 1.0) -> None:
         self.model, self.label_smoothing, self.z_loss, self.weighted = model, label_smoothing, z_loss, weighted
+        self.gradient_scale = gradient_scale
         self.head: Head | None = head_of(model)
 
     def plain(self) -> Objective:
@@ -300,20 +309,25 @@ class Objective:
             logits = self.model(
                 input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
             ).logits
-            return _loss_of_logits(logits[0], batch, given, self.label_smoothing, self.z_loss)
+            loss = _loss_of_logits(logits[0], batch, given, self.label_smoothing, self.z_loss)
+            return dataclasses.replace(loss, gradient_scale=self.gradient_scale)
         hidden = self.head.decoder(batch.input_ids, batch.position_ids, use_cache=False)[0]
-        if given is not None:
+        lora = None
+        if self.head.lora is not None:
+            of_rows = None if given is None else weights.by_row(batch.stream, given, hidden.device)
+            lora = self.head.lora.in_loss(hidden, of_rows, self.gradient_scale)
+        if given is not None and lora is None:
             hidden = weights.weigh_gradient(hidden, batch.stream, given)
         record = LossRecord()
         total, supervised = linear_cross_entropy(
             hidden, self.head.weight, batch.labels, softcap=self.head.softcap,
             logit_scale=self.head.logit_scale, label_smoothing=self.label_smoothing, z_loss=self.z_loss,
-            record=record, chosen=batch.chosen,
+            record=record, chosen=batch.chosen, lora=lora,
         )
         if given is None:
-            return BatchLoss(total, record.documents, supervised)
+            return BatchLoss(total, record.documents, supervised, self.gradient_scale)
         documents = record.documents * torch.tensor(given, dtype=torch.float64, device=record.documents.device)
-        return BatchLoss(total + (documents.sum() - total).detach(), documents, supervised)
+        return BatchLoss(total + (documents.sum() - total).detach(), documents, supervised, self.gradient_scale)
 
     def not_exact(self) -> list[tuple[str, str]]:
         """(module, reason) of what this class itself does not make independent of the split."""

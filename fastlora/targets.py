@@ -50,10 +50,10 @@ def resolve_targets(model: nn.Module, config: LoraConfig, *, lenient: bool = Fal
         raise InputError(
             _nothing(f"target_modules is {config.target_modules!r}", config.target_modules, paths)
         )
-    heads = _heads(model, paths)
+    refused = _refused(model, paths)
     owners = _parameter_owners(paths)
     for path in found:
-        _check_linear(path, paths[path], heads)
+        _check_linear(path, paths[path], refused)
         _check_unshared(path, paths[path], paths, owners)
     adapted = [*found, *(f"{path}.{name}" for path, (_, names) in experts.items() for name in names)]
     if not lenient:
@@ -67,11 +67,10 @@ def _by_name(model: nn.Module, config: LoraConfig, paths: dict[str, nn.Module]) 
         return replace(config, target_modules=sorted(family_of(model).projections))
     if config.target_modules != "all-linear":
         return config
-    heads = _heads(model, paths)
     linear = [
         path
         for path, module in paths.items()
-        if isinstance(module, nn.Linear) and path not in heads
+        if isinstance(module, nn.Linear) and not _is_head(model, path, module)
     ]
     if not linear:
         raise InputError(
@@ -139,13 +138,10 @@ def _check_each_matches_once(
             )
 
 
-def _check_linear(path: str, module: nn.Module, heads: dict[str, str]) -> None:
+def _check_linear(path: str, module: nn.Module, refused: dict[str, str]) -> None:
     kind = type(module).__name__
-    if path in heads:
-        raise InputError(
-            f"target_modules: {path} is {heads[path]}; allowed are the linear layers before the "
-            "head"
-        )
+    if path in refused:
+        raise InputError(f"target_modules: {path} is {refused[path]}")
     if isinstance(module, nn.Linear):
         if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
             raise InputError(
@@ -198,25 +194,30 @@ def _check_unshared(
         )
 
 
-def _heads(model: nn.Module, paths: dict[str, nn.Module]) -> dict[str, str]:
-    """The output head and the input embeddings by path, each with the reason why it takes no
+def _is_head(model: nn.Module, path: str, module: nn.Module) -> bool:
+    """Whether this is the output head, which ``"all-linear"`` leaves out as PEFT does."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return path.rpartition(".")[2] == "lm_head" if head is None else module is head
+
+
+def _refused(model: nn.Module, paths: dict[str, nn.Module]) -> dict[str, str]:
+    """A tied output head and the input embeddings by path, each with the reason why it takes no
     adapter."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    tied = head is not None and table is not None and head.weight is table.weight
-    sharing = ", and its weight is tied to the token embeddings" if tied else ""
     found: dict[str, str] = {}
     for path, module in paths.items():
-        named_head = head is None and path.rpartition(".")[2] == "lm_head"
-        if named_head or (head is not None and module is head):
+        if head is not None and module is head and table is not None and head.weight is table.weight:
             found[path] = (
-                f"the output head{sharing}: LoRA on the head is not supported (the fused loss "
-                "takes its weight as it is)"
+                "the output head, and its weight is tied to the token embeddings: a merge would change "
+                "both, and the adapter is on one; allowed are the linear layers before it, or a head "
+                "untied before inject (lm_head.weight = nn.Parameter(lm_head.weight.clone()), "
+                "config.tie_word_embeddings = False)"
             )
         elif table is not None and module is table:
             found[path] = (
                 "the table of token embeddings, no linear layer: LoRA on embeddings is not "
-                "supported"
+                "supported; allowed are linear layers"
             )
     return found
 

@@ -26,6 +26,7 @@ LSB_BITS = 40
 LIMIT = 2.0**23  # 2**63 units of 2**-40: the first magnitude int64 cannot hold
 SMALL = 2.0**-30  # below this a partial keeps under 10 bits, or none
 NO_CHUNK = 2**62
+WRONG_SCALE = -1  # in the place of a chunk: see TokenSum.add_early
 
 
 class TokenSum:
@@ -160,6 +161,25 @@ class TokenSum:
             self.chunks += other.chunks
         return self
 
+    @torch.no_grad()
+    def add_early(self, early: TokenSum, upstream: torch.Tensor, expected: float) -> None:
+        """Add, in a backward, what its forward summed already.
+
+        Integers can no longer be scaled: the forward was told by what its loss would be multiplied. That this came true is
+        tested where ``upstream`` lies, without a wait, and :meth:`check` tells.
+
+        Args:
+            early: of the same shape. upstream: scalar tensor, the gradient of the loss. expected: what it has to be.
+
+        Raises:
+            TrainingError: the exact block of this sum has ended.
+        """
+        self._must_accept()
+        broken = torch.where(upstream.isfinite(), WRONG_SCALE, 0)
+        flag = torch.where(upstream == expected, NO_CHUNK, broken).to(early.stats.device)
+        early.stats[0] = torch.minimum(early.stats[0], flag)
+        self.merge_(early)
+
     @contextlib.contextmanager
     def adding(self) -> Iterator[TokenSum]:
         """Where a backward adds its partials: this sum itself. See :class:`SumSlice`."""
@@ -262,6 +282,11 @@ def check_all(named: list[tuple[str, TokenSum]]) -> list[list[int]]:
     """:meth:`TokenSum.check` for many sums with one wait per device; returns their stats as host ints."""
     rows = read_stats([s for _, s in named])
     for (name, s), (chunk, bits, _, _) in zip(named, rows, strict=True):
+        if chunk == WRONG_SCALE:
+            raise TrainingError(
+                f"{name}: its exact sums are made in the forward of the loss, which was then multiplied by another number than its "
+                "gradient_scale: call backward on the loss itself, or give gradient_scale to the loss"
+            )
         if chunk != NO_CHUNK:
             raise TrainingError(f"{name}: the gradient is NaN or infinite (first in chunk {chunk})")
         (peak,) = struct.unpack("<f", struct.pack("<i", bits))

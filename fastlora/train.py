@@ -138,7 +138,8 @@ class Trainer:
         if config.activation_checkpointing:
             say(f"activations: 1 of {config.activation_checkpointing} layers runs again in the backward, same bytes")
         model.train()
-        self.objective = Objective(model, config.label_smoothing, config.z_loss)
+        self.objective = Objective(
+            model, config.label_smoothing, config.z_loss, gradient_scale=config.gradient_scale)
         first = self.batch_of(1)
         ids = packing.sample_ids(first)
         guards.check_batch(packing.collate(first, ids, self.alignment))
@@ -216,7 +217,7 @@ class Trainer:
                                         self.device, self.config.seed, step)
                 with stream.use(batch.stream):
                     loss = self.objective(batch)
-                    (loss.total * self.config.gradient_scale).backward()
+                    loss.backward()
                 ran.append((cut, batch, loss.documents))
             # Looked at after the last backward was launched: reading a loss waits for the GPU.
             for cut, batch, documents in ran:

@@ -56,11 +56,15 @@ class _WeighGradient(torch.autograd.Function):
         return (dy.float() * factors).to(dy.dtype), None
 
 
+def by_row(stream: Stream, weights: Sequence[float], device: torch.device) -> torch.Tensor:
+    """fp32 [T]: the weight of each row's document."""
+    sizes = torch.tensor([stop - start for start, stop in stream.spans])
+    return torch.tensor(weights, dtype=torch.float32).repeat_interleave(sizes).to(device)
+
+
 def weigh_gradient(hidden: torch.Tensor, stream: Stream, weights: Sequence[float]) -> torch.Tensor:
     """``hidden`` [T, H] as it is; in the backward each row of its gradient times the weight of its document.
 
     The weights are rounded to fp32, the product once more to the gradient's dtype.
     """
-    sizes = torch.tensor([stop - start for start, stop in stream.spans])
-    factors = torch.tensor(weights, dtype=torch.float32).repeat_interleave(sizes).to(hidden.device)
-    return _WeighGradient.apply(hidden, factors[:, None])
+    return _WeighGradient.apply(hidden, by_row(stream, weights, hidden.device)[:, None])

@@ -12,6 +12,9 @@ section 7); k is the coefficient of the z-loss, which holds the normaliser near 
 "PaLM", 2022, section 5, with 1e-4; Zoph et al., "ST-MoE", 2022). Both are 0 by default and then
 cost nothing.
 
+With LoRA on the head (``lora``) z is f(h W^T + s D(h) A^T B^T), and the exact token sums of dA and dB are
+made by the same tiles: ops/head_lora.py.
+
 Only supervised rows are computed. They are gathered a document at a time and cut into fixed tiles,
 so a row's bits depend on its document alone. A tile's logits live only while it is computed; the
 gradient of the sum is made in the forward and scaled in the backward. Row losses are rounded to
@@ -30,7 +33,8 @@ import torch
 
 from fastlora import blocks, stream
 from fastlora.errors import InputError
-from fastlora.ops import backend
+from fastlora.ops import backend, head_lora, lora_linear
+from fastlora.ops.head_lora import HeadCall, HeadLora, HeadTile
 
 IGNORED = -100
 LOSS_UNIT = 2.0**-40
@@ -122,13 +126,7 @@ def _spans(rows: int) -> tuple[tuple[int, int], ...]:
 def _cut(counts: tuple[int, ...], device: str) -> list[tuple[int, int]]:
     """Tiles over the gathered rows; on CPU none crosses a document."""
     step = TILE_ROWS.get(device, TILE_ROWS["cuda"])
-    tiles, start = [], 0
-    for count in counts if device == "cpu" else [sum(counts)]:
-        tiles += [
-            (low, min(low + step, start + count)) for low in range(start, start + count, step)
-        ]
-        start += count
-    return tiles
+    return head_lora.by_document(counts if device == "cpu" else (sum(counts),), step)
 
 
 @functools.lru_cache(maxsize=64)
@@ -136,15 +134,18 @@ def _vocabulary(size: int) -> tuple[slice, ...]:
     return tuple(slice(low, min(low + VOCAB_ROWS, size)) for low in range(0, size, VOCAB_ROWS))
 
 
-def _tile(h, weight, labels, terms, want_grad):
+def _tile(h, weight, labels, terms, want_grad, lora: HeadTile | None = None):
     """(row losses fp32 [n], gradient [n, H] or None) of one tile."""
     if backend.pick(h) == "triton":
-        return _tile_triton(h, weight, labels, terms, want_grad)
+        run = _tile_triton if lora is None else lora.run_triton
+        return run(h, weight, labels, terms, want_grad)
     softcap, logit_scale, smoothing, z_loss = terms
     h32 = h.float()
     z = h32.new_empty(h.shape[0], weight.shape[0])
     for part in _vocabulary(weight.shape[0]):
         torch.mm(h32, weight[part].float().t(), out=z[:, part])
+    if lora is not None:
+        lora.add_logits(z, h)
     capped = None
     if softcap is not None:
         capped = z.mul_(1.0 / softcap).tanh_()
@@ -173,10 +174,18 @@ def _tile(h, weight, labels, terms, want_grad):
     z.scatter_add_(1, index, torch.full_like(target, smoothing - 1.0))
     if capped is not None:
         z.mul_(capped.square_().neg_().add_(1.0))
+    if lora is not None:
+        if logit_scale != 1.0:
+            z.mul_(logit_scale)
+        lora.take_gradient(z)
+        if not lora.call.needs_dh:
+            return losses, None
     grad = torch.zeros_like(h32)
     for part in _vocabulary(weight.shape[0]):
         grad.addmm_(z[:, part], weight[part].float())
-    if logit_scale != 1.0:
+    if lora is not None:
+        lora.add_dh(grad)
+    elif logit_scale != 1.0:
         grad.mul_(logit_scale)
     return losses, grad
 
@@ -194,27 +203,40 @@ def _tile_triton(h, weight, labels, terms, want_grad):
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, rows, labels, tiles, terms, losses):
-        want_grad = ctx.needs_input_grad[0]
+    def forward(ctx, hidden, weight, rows, labels, tiles, terms, losses, call, a, b):
+        # a and b are there to have gradients: what computes with them is the call
+        want_grad, found = any(ctx.needs_input_grad), losses
         h = hidden.index_select(0, rows)
-        grad = torch.empty_like(h) if want_grad else None
+        if call is not None:
+            h, labels = call.spread(h), call.spread(labels)
+            found = losses.new_empty(h.shape[0])
+            if want_grad:
+                call.begin(ctx.needs_input_grad[0])
+        grad = torch.empty_like(h) if ctx.needs_input_grad[0] else None
 
         def tile(item: tuple[int, int]) -> None:
             part = slice(*item)
             # A copy: the rows of a document begin anywhere in h, and alignment must not depend on
             # it.
-            row_losses, g = _tile(h[part].clone(), weight, labels[part], terms, want_grad)
-            losses[part] = row_losses
-            if want_grad:
+            lora = None if call is None else call.tile(item)
+            row_losses, g = _tile(h[part].clone(), weight, labels[part], terms, want_grad, lora)
+            found[part] = row_losses
+            if grad is not None:
                 grad[part] = g
 
-        if hidden.device.type == "cpu" and backend.pick(hidden) != "triton":
-            blocks.run(tile, tiles)
-        else:
-            for item in tiles:
-                tile(item)
+        for group in [tiles] if call is None else call.groups():
+            if hidden.device.type == "cpu" and backend.pick(hidden) != "triton":
+                blocks.run(tile, group)
+            else:
+                for item in group:
+                    tile(item)
+            if call is not None:
+                call.settle()
+        if call is not None:
+            losses.copy_(call.gather(found))
+            grad = None if grad is None else call.gather(grad)
         ctx.save_for_backward(rows, grad)
-        ctx.shape = hidden.shape
+        ctx.shape, ctx.call = hidden.shape, call
         # The caller makes the exact sum; this scalar only carries the gradient.
         return losses.new_zeros((), dtype=torch.float64)
 
@@ -222,12 +244,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
         rows, grad = ctx.saved_tensors
-        dhidden = grad.new_zeros(ctx.shape)
-        scaled = grad.float().mul_(upstream.float()).to(grad.dtype)
-        return dhidden.index_copy_(0, rows, scaled), *(None,) * 6
+        dhidden, gradients, factor = None, (None, None), upstream
+        if ctx.call is not None:
+            gradients, factor = ctx.call.finish(upstream), upstream / ctx.call.lora.gradient_scale
+        if grad is not None:
+            scaled = grad.float().mul_(factor.float()).to(grad.dtype)
+            dhidden = grad.new_zeros(ctx.shape).index_copy_(0, rows, scaled)
+        return dhidden, *(None,) * 7, *gradients
 
 
-def _check(hidden, weight, labels, terms) -> None:
+def _check(hidden, weight, labels, terms, lora) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise InputError(
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}: allowed: [M, H], [V, H]"
@@ -236,6 +262,9 @@ def _check(hidden, weight, labels, terms) -> None:
         raise InputError(f"labels {tuple(labels.shape)}: one for each of {hidden.shape[0]} rows")
     if weight.requires_grad:
         raise InputError("weight: requires_grad is True; the head must be frozen")
+    if lora is not None:
+        lora_linear.check(hidden, weight, lora.a, lora.b, None, lora.dropout, lora.key)
+        head_lora.check(lora, hidden.shape[0])
     softcap, _, smoothing, z_loss = terms
     if softcap is not None and not softcap > 0:
         raise InputError(f"softcap is {softcap}; it must be above 0, or None")
@@ -256,6 +285,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     record: LossRecord | None = None,
     chosen: Supervised | None = None,
+    lora: HeadLora | None = None,
 ) -> tuple[torch.Tensor, int]:
     """The summed cross-entropy of ``hidden @ weight.T`` over supervised rows, with label smoothing
     and z-loss if asked for.
@@ -272,17 +302,19 @@ def linear_cross_entropy(
             z-loss see the logits after soft-cap and scale, as the softmax does.
         record: filled with the exact sum and each document's share.
         chosen: what :func:`supervised` found in these labels, if that is known already.
+        lora: an adapter on the head, or None; ``hidden`` then has the head's dtype.
 
     Returns:
-        (float64 scalar, the SUM of the losses with a gradient to ``hidden``; supervised rows).
+        (float64 scalar, the SUM of the losses with a gradient to ``hidden`` and the adapter; supervised rows).
         The sum is NaN if any row's loss is not finite.
 
     Raises:
         InputError: shapes that do not agree, a label outside the vocabulary, a head that is not
-            frozen, a soft-cap that is not positive, or a smoothing or z-loss out of range.
+            frozen, a soft-cap that is not positive, a smoothing or z-loss out of range, or an
+            adapter that does not fit.
     """
     terms = Terms(softcap, logit_scale, label_smoothing, z_loss)
-    _check(hidden, weight, labels, terms)
+    _check(hidden, weight, labels, terms, lora)
     spans = _spans(hidden.shape[0])
     if chosen is None:
         chosen = supervised(labels, spans)
@@ -293,9 +325,13 @@ def linear_cross_entropy(
             f"allowed are {IGNORED} and 0 to {weight.shape[0] - 1}"
         )
     losses = torch.empty(rows.shape[0], dtype=torch.float32, device=hidden.device)
-    tiles = _cut(counts, hidden.device.type)
+    tiles, call, a, b = _cut(counts, hidden.device.type), None, None, None
+    if lora is not None:
+        device = "cuda" if backend.pick(hidden) == "triton" else hidden.device.type
+        call = HeadCall(lora, hidden, rows, owner, counts, TILE_ROWS.get(device, TILE_ROWS["cuda"]))
+        a, b = lora.a, lora.b
     carrier = _LinearCrossEntropy.apply(
-        hidden, weight.detach(), rows, chosen.labels, tiles, terms, losses
+        hidden, weight.detach(), rows, chosen.labels, tiles, terms, losses, call, a, b
     )
     finite = losses.isfinite()
     fixed = torch.where(finite, losses, 0.0).double().mul_(1.0 / LOSS_UNIT).round_().long()

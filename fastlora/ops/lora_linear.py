@@ -144,7 +144,8 @@ class _ExactLoraLinear(torch.autograd.Function):
         return (dx,) + (None,) * 8
 
 
-def _check(x, weight, a, b, bias, dropout, key) -> None:
+def check(x, weight, a, b, bias, dropout, key) -> None:
+    """Raise InputError, by name, unless the arguments are what :func:`lora_linear` takes."""
     if weight.dim() != 2 or a.dim() != 2 or b.dim() != 2:
         raise InputError(f"weight, a, b: shapes {tuple(weight.shape)}, {tuple(a.shape)}, {tuple(b.shape)}; allowed: 2-D")
     outer, inner = weight.shape
@@ -197,7 +198,7 @@ def lora_linear(x, weight, a, b, scale, bias=None, *, dropout=0.0, key=None, sum
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    _check(x, weight, a, b, bias, dropout, key)
+    check(x, weight, a, b, bias, dropout, key)
     flat = x.reshape(-1, x.shape[-1])
     if sums is not None:
         y = _ExactLoraLinear.apply(flat, weight, a, b, scale, bias, dropout, key, sums)

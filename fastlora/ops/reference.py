@@ -61,6 +61,41 @@ def _check_key(dropout: float, key: DropoutKey | None, rows: int) -> None:
         raise InputError(f"dropout is {dropout} with {have}; it needs a key of {rows} tokens")
 
 
+def low_rank_forward(
+    dropped: torch.Tensor, at: torch.Tensor, scale: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """S [m, r] of one tile, rounded once to ``dtype``, from D(x) [m, K] and A^T [K, r] in fp32."""
+    return torch.mm(dropped, at).mul_(scale).to(dtype)
+
+
+def low_rank_backward(
+    dy: torch.Tensor,
+    dropped: torch.Tensor,
+    s: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dS [m, r] rounded once to ``dtype``, dA [r, K], dB [N, r]) of one tile, in fp32.
+
+    From dy [m, N], D(x) [m, K] and B [N, r] in fp32 and the forward's S [m, r].
+    """
+    ds = torch.mm(dy, b).mul_(scale).to(dtype).float()
+    db = torch.mm(dy.t(), s.float())
+    da = torch.mm(ds.t(), dropped)
+    return ds, da, db
+
+
+def add_low_rank_dx(
+    dx: torch.Tensor, ds: torch.Tensor, a: torch.Tensor, keep: torch.Tensor | None, p: float
+) -> None:
+    """dx [m, K] += D'(dS A) of one tile, all fp32; ``keep`` is the mask of D, None without dropout."""
+    if keep is None:
+        dx.addmm_(ds, a)
+    else:
+        dx += torch.where(keep, torch.mm(ds, a) * (1.0 / (1.0 - p)), 0.0)
+
+
 def forward_ref(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -91,7 +126,7 @@ def forward_ref(
     def tile(item: tuple[int, int, int]) -> None:
         _, start, stop = item
         xt = x[start:stop]
-        st = torch.mm(_dropped(xt, dropout, key, start, stop), at).mul_(scale).to(dtype)
+        st = low_rank_forward(_dropped(xt, dropout, key, start, stop), at, scale, dtype)
         s[start:stop] = st
         out = y[start:stop]
         if dtype == torch.float32:
@@ -140,7 +175,6 @@ def backward_ref(
     dx = torch.empty_like(x) if needs_dx else None
     tiles = stream.tiles(rows)
     partials: list = [None] * len(tiles)
-    factor = 1.0 / (1.0 - dropout)
 
     def tile(item: tuple[int, int, int]) -> None:
         index, start, stop = item
@@ -149,9 +183,7 @@ def backward_ref(
         if dropout > 0.0:
             keep = dropout_op.keep_mask(key.rows(start, stop), x.shape[1], dropout)
             xt = dropout_op.apply(xt, keep, dropout)
-        dst = torch.mm(dyt, b32).mul_(scale).to(dtype).float()
-        db = torch.mm(dyt.t(), s[start:stop].float())
-        da = torch.mm(dst.t(), xt.float())
+        dst, da, db = low_rank_backward(dyt, xt.float(), s[start:stop], b32, scale, dtype)
         if sums_a is not None:
             sums_a.add_(da, index)
             sums_b.add_(db, index)
@@ -162,10 +194,7 @@ def backward_ref(
         fp32 = dtype == torch.float32
         out = dx[start:stop] if fp32 else torch.empty_like(xt, dtype=torch.float32)
         torch.mm(dyt, w32, out=out)
-        if keep is None:
-            out.addmm_(dst, a32)
-        else:
-            out += torch.where(keep, torch.mm(dst, a32) * factor, 0.0)
+        add_low_rank_dx(out, dst, a32, keep, dropout)
         if dtype != torch.float32:
             dx[start:stop] = out
 

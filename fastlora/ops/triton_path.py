@@ -60,16 +60,16 @@ def forward_triton(x, weight, a, b, scale, bias=None, dropout=0.0, key=None):
 
 
 def backward_triton(
-    dy, x, weight, a, b, s, scale, dropout=0.0, key=None, *, needs_dx=True, sums_a=None, sums_b=None
+    dy, x, weight, a, b, s, scale, dropout=0.0, key=None, *, needs_dx=True, sums_a=None, sums_b=None, chunks=None
 ):
-    """(dx or None, da or None, db or None). See ``reference.backward_ref``."""
+    """(dx or None, da or None, db or None). See ``reference.backward_ref``; ``chunks``: of the token sums, None: those of the stream."""
     dy, x, weight, s = kernel_ready(dy), kernel_ready(x), kernel_ready(weight), kernel_ready(s)
     # a and b may be padded already (exact mode keeps the forward's copies): the sums know the rank then
     rank = a.shape[0] if sums_a is None else sums_a.total.shape[0]
     b_padded = padded_b(b, x.dtype)
     drop = _dropout(dropout, key)
     layout = single(rank, dy.shape[1], scale)
-    chunks = chunks_here(dy)
+    chunks = chunks_here(dy) if chunks is None else chunks
     db, ds = low_rank_gradients(dy, s, b_padded, layout, chunks, None if sums_b is None else Sink.of(sums_b))
     dx = gemm(dy, weight, ds, padded_a(a, x.dtype), transposed=False, dropout=drop) if needs_dx else None
     da = sum_a(x, ds, layout, chunks, sink=None if sums_a is None else Sink.of(sums_a), dropout=drop)

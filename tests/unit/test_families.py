@@ -19,7 +19,7 @@ def test_head_of_gives_the_models_own_logits(model_type):
     extra = special.get(model_type, {})
     model, ids = tiny_model(model_type, **extra).eval(), tokens()
     with torch.no_grad():
-        decoder, weight, softcap, scale = head_of(model)
+        decoder, weight, softcap, scale, lora = head_of(model)
         hidden = decoder(ids)
         exact = hidden.double() @ weight.double().T * scale
         size = hidden.double().abs() @ weight.double().abs().T * scale
@@ -32,6 +32,7 @@ def test_head_of_gives_the_models_own_logits(model_type):
     unit = 2.0**-24
     terms = hidden.shape[-1] + 8
     bound = terms * unit / (1 - terms * unit) * size
+    assert lora is None
     assert (family_of(model).softcap_field is None) == (softcap is None)
     assert ((found - exact).abs() <= bound).all()
     assert (found.abs() > bound).any()

@@ -12,6 +12,7 @@ from fastlora.config import SEVEN, LoraConfig
 from fastlora.errors import InputError
 from fastlora.families import FAMILIES
 from fastlora.inject import eject, inject, injection, lora_layers
+from fastlora.merge import merge
 from tests.models import raw, tiny_model, tokens
 
 
@@ -193,11 +194,6 @@ def test_inject_follows_rank_and_alpha_patterns():
         ),
         ({"target_modules": ["mlp"]}, ["LlamaMLP", "torch.nn.Linear", "mlp.gate_proj"]),
         ({"target_modules": ["input_layernorm"]}, ["LlamaRMSNorm", "torch.nn.Linear"]),
-        (
-            {"target_modules": ["q_proj", "lm_head"]},
-            ["lm_head is the output head", "not supported"],
-        ),
-        ({"target_modules": r".*(q_proj|lm_head)"}, ["lm_head is the output head"]),
         ({"target_modules": ["embed_tokens"]}, ["embed_tokens is the table of token embeddings"]),
         ({"exclude_modules": ["q_prj"]}, ["exclude_modules", "'q_prj'", "q_proj"]),
         ({"exclude_modules": ["q_proj"]}, ["'q_proj'", "leave none"]),
@@ -221,8 +217,26 @@ def test_inject_refuses_targets_and_leaves_the_model_alone(fields, words):
 
 
 def test_inject_names_tying_when_the_head_is_tied():
-    with pytest.raises(InputError, match="tied to the token embeddings"):
-        inject(tiny_model("gemma"), LoraConfig(r=2, target_modules=["lm_head"]))
+    for names in (["q_proj", "lm_head"], r".*(q_proj|lm_head)"):
+        with pytest.raises(InputError, match="lm_head is the output head.* tied to the token embeddings.*untied before inject"):
+            inject(tiny_model("gemma"), LoraConfig(r=2, target_modules=names))
+
+
+def test_inject_takes_a_head_untied_as_the_error_says():
+    model = tiny_model("gemma")
+    table = model.model.embed_tokens.weight.detach().clone()
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
+    model.config.tie_word_embeddings = False
+    inject(model, LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
+    before = model.lm_head.weight.detach().clone()
+    merge(model)
+    assert torch.equal(model.model.embed_tokens.weight, table)
+    assert not torch.equal(model.lm_head.weight, before)
+
+
+@pytest.mark.parametrize("names", [["q_proj", "lm_head"], r".*(q_proj|lm_head)"])
+def test_inject_adapts_an_untied_head_by_name(names):
+    assert adapted(inject(tiny_model(), LoraConfig(r=2, target_modules=names)))[-1] == "lm_head"
 
 
 def test_inject_refuses_shared_and_special_linears():

@@ -21,7 +21,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 WORDS = ["user", "assistant", "system", "the", "answer", "is", "one", "two", "three", "hello", "world"]
 
 
-def tiny_model(seed: int = 0, layers: int = 2):
+def tiny_model(seed: int = 0, layers: int = 2, tied: bool = True):
     """A random Llama: hidden 64, 4 query heads on 2 key-value heads, feed-forward 96."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -29,7 +29,7 @@ def tiny_model(seed: int = 0, layers: int = 2):
     config = LlamaConfig(
         vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-        bos_token_id=0, eos_token_id=1, tie_word_embeddings=True,
+        bos_token_id=0, eos_token_id=1, tie_word_embeddings=tied,
     )
     return LlamaForCausalLM(config)
 
