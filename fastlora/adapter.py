@@ -28,6 +28,7 @@ from fastlora.targets import Targets, resolve_targets
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _PREFIX = "base_model.model."
+_COPY = ".base_layer.weight"
 _SAVE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -109,9 +110,11 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     Raises:
         InputError: no such folder or file; unreadable files; a PEFT feature that is not supported
             (named); a missing or unexpected key or another shape (named); a model with adapters of
-            another kind, or merged.
+            another kind, or merged; a copy of the head's base weight that is not the model's.
     """
     config, tensors = read_adapter(directory)
+    tensors, copies = split_copies(tensors)
+    _check_copies(directory, model, copies)
     existing = injection(model)
     if existing is None:
         _check_tensors(directory, tensors, _shapes_to_be(resolve_targets(model, config, lenient=True)))
@@ -156,6 +159,31 @@ def read_adapter(directory: str | os.PathLike) -> tuple[LoraConfig, dict[str, to
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read as safetensors ({error})") from error
     return config, tensors
+
+
+def split_copies(
+    tensors: dict[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(A and B, the rest) of a file's tensors: beside an adapter on the head PEFT saves the head's own
+    frozen weight, ``<path>.base_layer.weight``, without being asked."""
+    copies = {key: value for key, value in tensors.items() if key.endswith(_COPY)}
+    return {key: value for key, value in tensors.items() if key not in copies}, copies
+
+
+def _check_copies(directory: str | os.PathLike, model: nn.Module, copies: dict[str, torch.Tensor]) -> None:
+    """Raise unless every copy of a base weight, rounded to the model's dtype, is that of the model: PEFT would put it there."""
+    for key, copy in copies.items():
+        path = key.removeprefix(_PREFIX).removesuffix(_COPY)
+        own = dict(model.named_modules()).get(path)
+        weight = getattr(own, "kept_base", None)
+        weight = getattr(own, "weight", None) if weight is None else weight
+        if weight is None or weight.is_meta:
+            continue
+        if weight.shape != copy.shape or not torch.equal(copy.to(weight.dtype), weight.detach().cpu()):
+            raise InputError(
+                f"{pathlib.Path(directory) / WEIGHTS_FILE}: {key} is not the weight of the model's {path}; allowed is the base "
+                "model that the adapter was trained on (its head was changed, or this is another model)"
+            )
 
 
 def refuse_experts(config: LoraConfig, reader: str) -> None:

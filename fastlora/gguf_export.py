@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastlora.adapter import read_adapter, refuse_experts
+from fastlora.adapter import read_adapter, refuse_experts, split_copies
 from fastlora.digest import PREFIX
 from fastlora.errors import InputError, TrainingError
 from fastlora.files import atomic_write
@@ -47,6 +47,7 @@ def write_adapter(adapter: str | os.PathLike, output: pathlib.Path, config: Any,
     if dtype not in TYPES or dtype == "q8_0":
         raise InputError(f"dtype = {dtype!r}: allowed for an adapter are float32, float16, bfloat16")
     lora, tensors = read_adapter(adapter)
+    tensors, _ = split_copies(tensors)
     refuse_experts(lora, "format gguf")
     gguf, names = package(), Names(config)
     paths = sorted({key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors})

@@ -14,7 +14,7 @@ import pathlib
 
 import torch
 
-from fastlora.adapter import read_adapter, refuse_experts, write_files
+from fastlora.adapter import read_adapter, refuse_experts, split_copies, write_files
 from fastlora.digest import PREFIX
 from fastlora.errors import InputError
 
@@ -35,6 +35,7 @@ def export_for_vllm(adapter: str | os.PathLike, output: str | os.PathLike) -> li
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"output = {str(output)!r}: it holds files; allowed is a new or empty folder")
     config, tensors = read_adapter(adapter)
+    tensors, _ = split_copies(tensors)
     refuse_experts(config, "format vllm")
     paths = sorted({key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors})
     rank = max(config.rank_for(path) for path in paths)

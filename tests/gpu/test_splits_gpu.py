@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fastlora import demo_data, setup
+from fastlora.config import SEVEN
 from fastlora.data import make_row
 from fastlora.encode import encode_pair
 from tests import split_cases as cases
@@ -73,6 +74,15 @@ def test_adamw_gives_one_adapter_for_every_split_whatever_the_adapter(what, requ
     build, rows = made(what, request)
     digests = {cases.check(cases.Subject(build(), **lora), rows, cases.FEW, steps=6).digest for lora in OTHERS}
     assert len(digests) == len(OTHERS)  # dropout, rank and scaling change what is trained
+
+
+@pytest.mark.parametrize("lora", [dict(r=8), dict(r=64, lora_dropout=0.1)], ids=("r8", "r64 dropout"))
+def test_adamw_gives_one_adapter_for_every_split_with_the_head_among_the_targets(lora):
+    build, rows = shaped()
+    subject = cases.Subject(build(), target_modules=[*SEVEN, "lm_head"], **lora)
+    assert {"lm_head.lora_A.weight", "lm_head.lora_B.weight"} < subject.start.keys()
+    cases.check(subject, rows, cases.FEW, steps=6)
+    cases.check_control(subject, rows, cases.ALL[:6])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fastlora import invariant
+from fastlora.config import SEVEN
 from tests import split_cases as cases
 from tests.models import EXPERTS, ON_EXPERTS, tiny_model
 
@@ -52,6 +53,18 @@ def test_adamw_gives_one_adapter_at_smollm2_width_for_1_2_and_4_threads():
         torch.set_num_threads(threads)
         found.add(cases.check(subject, rows, cases.FEW[:4], steps=2).digest)
     assert len(found) == 1
+
+
+def test_adamw_gives_one_adapter_for_every_split_with_the_head_among_the_targets():
+    torch.set_num_threads(1)
+    rows, found = cases.random_rows(LENGTHS, 96), []
+    for dropout in (0.0, 0.1):
+        subject = cases.Subject(tiny_model(layers=1), r=8, lora_dropout=dropout, target_modules=[*SEVEN, "lm_head"])
+        assert {"lm_head.lora_A.weight", "lm_head.lora_B.weight"} < subject.start.keys()
+        found.append(cases.check(subject, rows, cases.FEW, steps=4).digest)
+        cases.check_control(subject, rows, cases.ALL[:3])
+    torch.set_num_threads(2)
+    assert cases.check(subject, rows, cases.FEW[1:2], steps=4).digest == found[1] != found[0]
 
 
 @pytest.mark.parametrize("model_type", sorted(EXPERTS))
