@@ -38,8 +38,8 @@ def train(
     modules_to_save: Annotated[str | None, _option(
         "--modules-to-save", help="Refused, with the reason.", hidden=True)] = None,
     target_modules: Annotated[str | None, _option(
-        "--target-modules", help="Names with commas between, one regular expression, or all-linear. "
-        "[the seven projections]")] = None,
+        "--target-modules", help="Names with commas between (an untied lm_head too), one regular expression, or "
+        "all-linear. [the seven projections]")] = None,
     target_parameters: Annotated[str | None, _option(
         "--target-parameters", help="Names of expert weights with commas between, such as mlp.experts.gate_up_proj. [none]")] = None,
     batch_size: Annotated[int | None, _option("--batch-size", help="Sequences per optimiser step. [16]")] = None,

@@ -90,7 +90,7 @@ class LoraConfig:
         use_rslora: scale by 1 / sqrt(r) instead of 1 / r.
         target_modules: None (the model family's projections: for most the seven), a list of module
             names or path endings, one regular expression that must match a whole path, or
-            ``"all-linear"``.
+            ``"all-linear"`` (without the output head). ``lm_head`` has to be named and not tied.
         exclude_modules: a list of names or path endings, or one regular expression; wins over
             targets.
         bias: ``"none"``; other values are refused.

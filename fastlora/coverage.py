@@ -43,11 +43,11 @@ def coverage(model: nn.Module, strict: bool = False) -> list[CoverageRow]:
     Raises:
         InputError: under ``strict``, naming the projections and reasons.
     """
-    rows, head = [], head_of(model)
+    rows = []
     for path, module in model.named_modules():
         if isinstance(module, (LoraLinear, ExpertLora)):
             backend_name, reason = lora_backend(module)
-            if head is not None and module is head.lora and not module.merged:
+            if _is_head(model, module) and not module.merged:
                 reason += ", in training inside the fused loss"
             rows.append(
                 CoverageRow(module.target, module.target.rpartition(".")[2], backend_name, reason)
@@ -80,6 +80,12 @@ def lora_backend(layer: LoraLinear | ExpertLora) -> tuple[str, str]:
         return "eager", "merged: the adapter is inside the weight"
     name, reason = backend.explain(layer.weight.device, layer.weight.dtype)
     return name, f"{reason}, one expert after the other" if isinstance(layer, ExpertLora) else reason
+
+
+def _is_head(model: nn.Module, layer: nn.Module) -> bool:
+    """Whether the layer is a head that the fused loss knows."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return head is layer and head_of(model) is not None
 
 
 def _check_strict(model: nn.Module, rows: list[CoverageRow]) -> None:

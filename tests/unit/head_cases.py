@@ -28,14 +28,15 @@ class Problem(NamedTuple):
     tokens: torch.Tensor
 
 
-def problem(rows, width=32, vocabulary=50, rank=4, seed=0, dtype=torch.float32) -> Problem:
+def problem(rows, width=32, vocabulary=50, rank=4, seed=0, dtype=torch.float32, device="cpu") -> Problem:
     """A problem whose adapter is as large as its base; 40 % of the rows are not supervised."""
     g, fixed = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(99)
     labels = torch.randint(0, vocabulary, (rows,), generator=g)
     labels[torch.rand(rows, generator=g) < 0.4] = -100
     weight, a, b = (torch.randn(*s, generator=fixed) * 0.3 for s in ((vocabulary, width), (rank, width), (vocabulary, rank)))
+    b *= (4 / rank) ** 0.5
     hidden = torch.randn(rows, width, generator=g).to(dtype)
-    return Problem(hidden, weight.to(dtype), labels, a, b, torch.arange(rows) + 1000 * seed)
+    return Problem(*(t.to(device) for t in (hidden, weight.to(dtype), labels, a, b, torch.arange(rows) + 1000 * seed)))
 
 
 class Found(NamedTuple):
@@ -93,22 +94,22 @@ def near(found: torch.Tensor, wanted: torch.Tensor, terms: int, unit: float = 2.
     return float((found.double() - wanted).norm()) <= terms * unit * float(wanted.norm())
 
 
-def units_and_totals(cuts, lengths, dropout=0.0, terms=None, alignment=16):
+def units_and_totals(cuts, lengths, dropout=0.0, terms=None, alignment=16, **shape):
     """Exact sums and rows of dh for each way of cutting documents of ``lengths`` into streams: a list of what must be equal.
 
-    cuts: a list of cuts, each a list of streams, each a list of documents' numbers.
+    cuts: a list of cuts, each a list of streams, each a list of documents' numbers. shape: for :func:`problem`.
     """
     made = []
     for cut in cuts:
-        a, b = problem(1)[3:5]
+        a, b = problem(1, **shape)[3:5]
         a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
-        sums, units, rows = (TokenSum(a.shape), TokenSum(b.shape)), 0, {}
+        sums, units, rows = (TokenSum(a.shape, a.device), TokenSum(b.shape, b.device)), 0, {}
         for part in cut:
             current = stream.Stream(tuple(lengths[i] for i in part), alignment, tuple(part), seed=SEED)
-            documents = [problem(stop - start, seed=i) for i, (start, stop) in zip(part, current.spans)]
+            documents = [problem(stop - start, seed=i, **shape) for i, (start, stop) in zip(part, current.spans)]
             hidden = torch.cat([d.hidden for d in documents]).requires_grad_()
             labels = torch.cat([d.labels for d in documents])
-            key = dropout_op.DropoutKey(SEED, current.token_keys()) if dropout else None
+            key = dropout_op.DropoutKey(SEED, current.token_keys(a.device)) if dropout else None
             record = LossRecord()
             with stream.use(current):
                 lora = HeadLora(a, b, SCALE, dropout, key, sums)
