@@ -132,7 +132,11 @@ class HeadCall:
         self.tokens = None if lora.dropout == 0.0 else self.spread(lora.key.tokens.index_select(0, rows))
         self.factors = None
         if lora.weights is not None or lora.gradient_scale != 1.0:
-            weights = torch.ones(len(rows), device=hidden.device) if lora.weights is None else lora.weights.index_select(0, rows)
+            weights = (
+                torch.ones(len(rows), device=hidden.device)
+                if lora.weights is None
+                else lora.weights.index_select(0, rows)
+            )
             self.factors = self.spread(weights * lora.gradient_scale)[:, None]
         if self.triton:
             from fastlora.ops import triton_path  # imported on first use: triton is absent on macOS and Windows

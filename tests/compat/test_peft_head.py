@@ -53,7 +53,9 @@ def test_save_adapter_with_the_head_in_peft_gives_the_same_logits(case, tmp_path
 @pytest.mark.parametrize("case", CASES)
 def test_load_adapter_of_peft_with_the_head_gives_the_same_logits(case, tmp_path):
     torch.manual_seed(5)
-    theirs = peft.get_peft_model(base(), peft.LoraConfig(**CASES[case], init_lora_weights=False, task_type="CAUSAL_LM")).eval()
+    theirs = peft.get_peft_model(
+        base(), peft.LoraConfig(**CASES[case], init_lora_weights=False, task_type="CAUSAL_LM")
+    ).eval()
     theirs.save_pretrained(tmp_path)
     ours = load_adapter(base(), tmp_path)
     assert "lm_head" in [layer.path for layer in lora_layers(ours)]

@@ -13,7 +13,11 @@ from fastlora.ops.linear_cross_entropy import LossRecord, linear_cross_entropy
 from fastlora.token_sum import TokenSum
 
 # Label smoothing, z-loss, soft-cap and scale, alone and together.
-TERMS = [{}, {"softcap": 4.0, "logit_scale": 0.5}, {"label_smoothing": 0.3, "z_loss": 1e-2, "softcap": 4.0, "logit_scale": 0.5}]
+TERMS = [
+    {},
+    {"softcap": 4.0, "logit_scale": 0.5},
+    {"label_smoothing": 0.3, "z_loss": 1e-2, "softcap": 4.0, "logit_scale": 0.5},
+]
 SCALE, SEED = 1.5, 11
 
 
@@ -33,7 +37,9 @@ def problem(rows, width=32, vocabulary=50, rank=4, seed=0, dtype=torch.float32, 
     g, fixed = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(99)
     labels = torch.randint(0, vocabulary, (rows,), generator=g)
     labels[torch.rand(rows, generator=g) < 0.4] = -100
-    weight, a, b = (torch.randn(*s, generator=fixed) * 0.3 for s in ((vocabulary, width), (rank, width), (vocabulary, rank)))
+    weight, a, b = (
+        torch.randn(*s, generator=fixed) * 0.3 for s in ((vocabulary, width), (rank, width), (vocabulary, rank))
+    )
     b *= (4 / rank) ** 0.5
     hidden = torch.randn(rows, width, generator=g).to(dtype)
     return Problem(*(t.to(device) for t in (hidden, weight.to(dtype), labels, a, b, torch.arange(rows) + 1000 * seed)))
@@ -49,7 +55,9 @@ class Found(NamedTuple):
     db: torch.Tensor
 
 
-def run(p: Problem, *, dropout=0.0, exact=False, weights=None, gradient_scale=1.0, upstream=1.0, freeze=False, **terms) -> Found:
+def run(
+    p: Problem, *, dropout=0.0, exact=False, weights=None, gradient_scale=1.0, upstream=1.0, freeze=False, **terms
+) -> Found:
     """The fused loss forward and backward; ``freeze``: the hidden state wants no gradient."""
     hidden = p.hidden.clone().requires_grad_(not freeze)
     a, b = (t.clone().requires_grad_() for t in (p.a, p.b))
@@ -71,7 +79,9 @@ def run(p: Problem, *, dropout=0.0, exact=False, weights=None, gradient_scale=1.
     return Found(loss.item(), record.units, hidden.grad, da, db)
 
 
-def truth(p: Problem, *, dropout=0.0, weights=None, softcap=None, logit_scale=1.0, label_smoothing=0.0, z_loss=0.0) -> Found:
+def truth(
+    p: Problem, *, dropout=0.0, weights=None, softcap=None, logit_scale=1.0, label_smoothing=0.0, z_loss=0.0
+) -> Found:
     """:func:`run` by torch in float64; nothing of the operation but its mask."""
     h, w, a, b = (t.double() for t in (p.hidden, p.weight, p.a.to(p.hidden.dtype), p.b.to(p.hidden.dtype)))
     leaves = [t.detach().requires_grad_() for t in (h, a, b)]
@@ -113,7 +123,9 @@ def units_and_totals(cuts, lengths, dropout=0.0, terms=None, alignment=16, **sha
             record = LossRecord()
             with stream.use(current):
                 lora = HeadLora(a, b, SCALE, dropout, key, sums)
-                loss, _ = linear_cross_entropy(hidden, documents[0].weight, labels, record=record, lora=lora, **(terms or {}))
+                loss, _ = linear_cross_entropy(
+                    hidden, documents[0].weight, labels, record=record, lora=lora, **(terms or {})
+                )
                 loss.backward()
             units += record.units
             rows.update(zip(part, hidden.grad.split([stop - start for start, stop in current.spans])))
@@ -125,5 +137,6 @@ def same(made) -> bool:
     """Whether every cut gave the same bits."""
     (units, rows, totals, chunks), *others = made
     return all(
-        units == u and chunks == c and all(map(torch.equal, rows, r)) and all(map(torch.equal, totals, t)) for u, r, t, c in others
+        units == u and chunks == c and all(map(torch.equal, rows, r)) and all(map(torch.equal, totals, t))
+        for u, r, t, c in others
     )

@@ -59,7 +59,9 @@ def test_linear_cross_entropy_with_lora_follows_what_comes_from_above_in_grad_mo
         assert torch.equal(double, once * 2.0)
 
 
-@pytest.mark.parametrize(("upstream", "words"), [(3.0, "another number than its gradient_scale"), (float("nan"), "NaN")])
+@pytest.mark.parametrize(
+    ("upstream", "words"), [(3.0, "another number than its gradient_scale"), (float("nan"), "NaN")]
+)
 def test_linear_cross_entropy_with_lora_refuses_exact_sums_of_another_scale(upstream, words):
     with pytest.raises(TrainingError, match=words):
         run(problem(40), exact=True, upstream=upstream)

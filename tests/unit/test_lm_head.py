@@ -140,7 +140,12 @@ def test_coverage_and_head_of_tell_of_an_adapter_on_the_head():
 def test_trainer_with_an_adapter_on_the_head_gives_one_adapter_for_every_cut(tmp_path):
     held = str(tiny_run.write_rows(tmp_path / "held.jsonl", 3, seed=9))
     settings = {"steps": 2, "eval_data": held, "lora": {**LORA, "lora_dropout": 0.1}, "gradient_scale": 1024.0}
-    found = [tiny_run.train(tmp_path, f"cut{cut}", model=tiny_run.tiny_model(tied=False), micro_batch_tokens=cut, **settings)[0] for cut in (160, 4096)]
+    found = [
+        tiny_run.train(
+            tmp_path, f"cut{cut}", model=tiny_run.tiny_model(tied=False), micro_batch_tokens=cut, **settings
+        )[0]
+        for cut in (160, 4096)
+    ]
     assert found[0].digest == found[1].digest
     assert found[0].losses == found[1].losses
     assert found[0].held_out == found[1].held_out
@@ -149,6 +154,11 @@ def test_trainer_with_an_adapter_on_the_head_gives_one_adapter_for_every_cut(tmp
 def test_trainer_with_an_adapter_on_the_head_alone(tmp_path):
     held = str(tiny_run.write_rows(tmp_path / "held.jsonl", 3, seed=9))
     settings = {"steps": 4, "eval_data": held, "lora": {"r": 4, "target_modules": ["lm_head"]}}
-    found = [tiny_run.train(tmp_path, f"cut{cut}", model=tiny_run.tiny_model(tied=False), micro_batch_tokens=cut, **settings)[0] for cut in (160, 4096)]
+    found = [
+        tiny_run.train(
+            tmp_path, f"cut{cut}", model=tiny_run.tiny_model(tied=False), micro_batch_tokens=cut, **settings
+        )[0]
+        for cut in (160, 4096)
+    ]
     assert found[0].digest == found[1].digest
     assert found[0].held_out[0][1] > found[0].held_out[-1][1]
