@@ -70,18 +70,21 @@ def save_adapter(
     directory = pathlib.Path(directory)
     if directory.exists() and not directory.is_dir():
         raise InputError(f"directory is {str(directory)!r}, which is a file; allowed is a folder")
-    write_files(directory, *gather(model, save_dtype))
+    write_files(directory, *to_write(model, adapter_state(model), save_dtype))
     return directory
 
 
-def gather(model: nn.Module, save_dtype: torch.dtype | str | None = None) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """What :func:`save_adapter` writes, copied to the host: what the model does next changes nothing in it.
+def to_write(
+    model: nn.Module, state: dict[str, torch.Tensor], save_dtype: torch.dtype | str | None = None
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """What :func:`write_files` takes: the model's configuration, and ``state`` (as :func:`adapter_state` gives it) on the host in the
+    dtype asked for.
 
     Raises:
         InputError, TrainingError: as :func:`save_adapter`.
     """
     record, dtype = require_injection(model), _save_dtype(save_dtype)
-    tensors = {key: value.to("cpu", dtype, copy=True).contiguous() for key, value in adapter_state(model).items()}
+    tensors = {key: value.to("cpu", dtype).contiguous() for key, value in state.items()}
     for key, value in tensors.items():
         if not torch.isfinite(value).all():
             raise TrainingError(f"{key} holds values that are not finite in {dtype}; the adapter was not written")

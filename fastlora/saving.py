@@ -21,21 +21,25 @@ class Saver:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fastlora-saver")
         self._pending: Future | None = None
 
-    def save(self, run) -> None:
-        """Take checkpoint and adapter as they are now; write them behind the caller's back. ``run``: the Trainer.
+    def take(self, run) -> checkpoint.Taken:
+        """Copy adapter, optimiser and position of ``run``, the Trainer, to the host."""
+        plain = {name: value and [list(value.losses), list(value.tokens)] for name, value in (("before", run.before), ("after", run.after))}
+        extra = {"held_out": list(run.held_out), **plain, "versions": rundir.versions(), "underflow": run.optimizer.underflow_counts()}
+        return checkpoint.take(run.done, run.model, run.optimizer, run.identity, extra)
+
+    def save(self, run, taken: checkpoint.Taken | None = None) -> None:
+        """Write checkpoint and adapter behind the caller's back: as they are now, or as they were ``taken``.
 
         Raises:
             TrainingError: the save before this one failed, or the adapter holds a value that is not finite.
         """
-        self.wait()
-        plain = {name: value and [list(value.losses), list(value.tokens)] for name, value in (("before", run.before), ("after", run.after))}
-        extra = {"held_out": list(run.held_out), **plain, "versions": rundir.versions(), "underflow": run.optimizer.underflow_counts()}
+        taken = self.take(run) if taken is None else taken
+        files = adapter.to_write(run.model, taken.adapter, run.config.save_dtype)
         best = best_point(run.held_out)
-        taken = checkpoint.take(run.done, run.model, run.optimizer, run.identity, extra)
-        files = adapter.gather(run.model, run.config.save_dtype)
         folders = [run.folder, run.folder / rundir.BEST] if best and best[0] == run.done else [run.folder]
-        run.due.saved()
+        self.wait()
         self._pending = self._thread.submit(_write, run.checkpoints, taken, run.config.keep_checkpoints, best and best[0], files, folders)
+        run.due.saved()
 
     def check(self) -> None:
         """Raise what a save that has ended meanwhile failed with."""

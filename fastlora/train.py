@@ -279,14 +279,17 @@ class Trainer:
             self._evaluate()
             record["eval_loss"] = self.held_out[-1][1]
             due = due or (best_point(self.held_out)[0] == step < self.total)
-        if due or (config.digest_every and step % config.digest_every == 0) or step == self.total:
+        taken = self.saver.take(self) if due else None
+        if taken:
+            record["digest"] = digest(taken.adapter)
+        elif step == self.total or (config.digest_every and step % config.digest_every == 0):
             record["digest"] = digest(self.model)
         self.log.append(record)
         self.records.append(slim(record))
         if self.board:
             self.board.step(record)
-        if due:
-            self.saver.save(self)
+        if taken:
+            self.saver.save(self, taken)
         self.due.picture(lambda: draw(self))
 
     def _update(self, rows: Sequence[Row], step: int) -> StepReport:
