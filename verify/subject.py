@@ -288,6 +288,8 @@ class Operation:
             stream: results ("y" [length, outputs]) and input gradients ("dx" [length, features]).
         sees: which rows a row's result may depend on: ROW, itself alone; DOCUMENT, those of its document and its
             place in it. The padding of DOCUMENT operations has dy = 0, as below any loss; elsewhere it is garbage.
+        garbage: times as much of it as usual: below 1 for an operation that multiplies its input before it normalises it, where
+            padding would overflow fp16 by itself, and an infinite number times a gradient of 0 is none.
     """
 
     name: str
@@ -295,6 +297,7 @@ class Operation:
     outputs: int
     run: Callable[[Packed], dict[str, list[torch.Tensor]]]
     sees: str = DOCUMENT
+    garbage: float = 1.0
 
 
 class OperationsPart(Protocol):

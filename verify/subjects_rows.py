@@ -69,11 +69,13 @@ class FastloraOperations:
             yield Operation(f"head and loss{name}", 64, 1, functools.partial(self._head, keywords), DOCUMENT)
         width = 256 if self.device == "cuda" else 32
         # A whole layer in the interpreter takes a minute a case.
-        for family in () if self.forced else ("llama", "qwen3", "gemma3_text"):
-            yield self._of(f"decoder layer, {family}", width, width, functools.partial(_layer, family), DOCUMENT)
+        for family in () if self.forced else ("llama", "qwen3", "gemma3_text", "olmo2"):
+            # OLMo 2 has its norms after the products.
+            garbage = 2.0**-8 if family == "olmo2" else 1.0
+            yield self._of(f"decoder layer, {family}", width, width, functools.partial(_layer, family), DOCUMENT, garbage)
 
-    def _of(self, name: str, features: int, outputs: int, body: Body, sees: str) -> Operation:
-        return Operation(name, features, outputs, functools.partial(self._run, body), sees)
+    def _of(self, name: str, features: int, outputs: int, body: Body, sees: str, garbage: float = 1.0) -> Operation:
+        return Operation(name, features, outputs, functools.partial(self._run, body), sees, garbage)
 
     @contextlib.contextmanager
     def _place(self, packed: Packed) -> Iterator[stream.Stream]:

@@ -79,7 +79,7 @@ class Pen:
         if not garbage:
             return torch.zeros(rows, columns, dtype=self.dtype)
         sees = self.operation.sees
-        size = GARBAGE[sees].get(self.dtype, MOST_GARBAGE[sees]) * self.case.garbage
+        size = GARBAGE[sees].get(self.dtype, MOST_GARBAGE[sees]) * self.case.garbage * self.operation.garbage
         # At most 4 of these away from 0, where fp16 has room for it.
         return (torch.randn(rows, columns, generator=self.draw).clamp(-4, 4) * size).to(self.dtype)
 
