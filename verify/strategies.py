@@ -216,7 +216,14 @@ def train_cases() -> st.SearchStrategy[TrainCase]:
         rank=st.sampled_from((1, 3, 4, 8)),
         seed=st.integers(0, 2**31 - 1),
         prompt=st.integers(0, 2),
+        head=st.sampled_from((True, False)),
     )
+
+
+def trained_by(trainer, cases: Iterator[TrainCase]) -> Iterator[TrainCase]:
+    """The cases as this trainer can take them: without an adapter on the head, where it knows none."""
+    heads = getattr(trainer, "heads", False)
+    return (dataclasses.replace(case, head=case.head and heads) for case in cases)
 
 
 @dataclass(frozen=True)

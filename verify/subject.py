@@ -152,7 +152,7 @@ class TrainCase:
     ``lengths``: tokens of every sequence of the global batch, the same for each step (with other
     tokens). ``prompt``: leading tokens of each that are not supervised. ``masked``: indices of sequences of which no
     token is. ``world``: processes among which the micro-batches are dealt in turn (for trainers that simulate them).
-    The adapter's alpha is its rank: the scale is 1.
+    ``head``: the output head has an adapter too (for trainers that say ``heads``). The adapter's alpha is its rank: the scale is 1.
     """
 
     lengths: tuple[int, ...]
@@ -165,6 +165,7 @@ class TrainCase:
     threads: int = 1
     masked: tuple[int, ...] = ()
     world: int = 1
+    head: bool = False
     hyper: Hyper = field(default_factory=lambda: Hyper(lr=2e-2))
 
 
@@ -225,7 +226,7 @@ class TrainerPart(Protocol):
 
     ``supports_hooks`` False: faults of a loop cannot be planted. ``run`` may be None: then no whole
     run from files is tried. ``alignment``: tokens to which it pads a sequence. Optional ``worlds`` (default only 1):
-    numbers of processes that it simulates.
+    numbers of processes that it simulates. Optional ``heads`` (default False): it adapts the output head if a case says so.
     """
 
     alignment: int

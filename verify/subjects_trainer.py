@@ -22,6 +22,7 @@ from fastlora.invariant import make_invariant
 from fastlora.ops.linear_cross_entropy import linear_cross_entropy
 from verify.oracle.adamw import Hyper
 from verify.oracle.digest import md5_of_tensors
+from verify.strategies_adapter import MODULES
 from verify.subject import Cut, TrainCase, TrainHooks, TrainResult, WholeRun
 from verify.tiny import END, supervised_tokens, tiny_llama, token_rows, tokenizer, write_rows
 
@@ -36,6 +37,7 @@ class FastloraTrainer:
 
     supports_hooks = True
     worlds = (1, 2, 3)
+    heads = True
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -62,8 +64,9 @@ class FastloraTrainer:
 
     def _train(self, case: TrainCase, cut: Cut, float_sums: bool, hooks: TrainHooks) -> TrainResult:
         model = tiny_llama(case).to(self.device)
-        config = fastlora.LoraConfig(r=case.rank, lora_dropout=case.dropout)
-        fastlora.inject(model, config, seed=case.seed)
+        # An adapter on the head refuses a loss that was weighed behind its back, before any claim could tell.
+        case = dataclasses.replace(case, head=case.head and hooks.weigh is None)
+        fastlora.inject(model, _lora(case), seed=case.seed)
         invariant = make_invariant(model)
         model.train()
         ran: list[int] = []
@@ -96,7 +99,7 @@ class FastloraTrainer:
         """``fastlora.Trainer`` on files, dropout as the case says, with ``most_tokens`` a
         micro-batch."""
         model = tiny_llama(case).to(self.device)
-        lora = fastlora.LoraConfig(r=case.rank, lora_dropout=case.dropout)
+        lora = _lora(case)
         with tempfile.TemporaryDirectory() as folder:
             data, output = pathlib.Path(folder, "rows.jsonl"), pathlib.Path(folder, "out")
             write_rows(data, case, order)
@@ -147,11 +150,17 @@ class FastloraTrainer:
         with stream.use(batch.stream):
             hidden = head.decoder(batch.input_ids, batch.position_ids)
             loss, supervised = linear_cross_entropy(
-                hidden[0], head.weight, batch.labels, softcap=head.softcap, logit_scale=head.logit_scale
-            )
+                hidden[0], head.weight, batch.labels, softcap=head.softcap, logit_scale=head.logit_scale,
+                lora=None if head.lora is None else head.lora.in_loss(hidden[0]),
+            )  # fmt: skip
             (loss if hooks.weigh is None else hooks.weigh(loss, int(supervised))).backward()
         if hooks.after_backward is not None:
             hooks.after_backward(model, i)
+
+
+def _lora(case: TrainCase) -> fastlora.LoraConfig:
+    targets = {"target_modules": [*MODULES, "lm_head"]} if case.head else {}
+    return fastlora.LoraConfig(r=case.rank, lora_dropout=case.dropout, **targets)
 
 
 def _rows(case: TrainCase, step: int) -> list:

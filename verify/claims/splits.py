@@ -20,7 +20,7 @@ from verify.claims.outcome import Budget, Outcome
 from verify.judge import judge
 from verify.oracle.digest import md5_of_tensors
 from verify.oracle.linear import scale_of
-from verify.strategies import DTYPES, SplitCase, cuts_of, endless, short_names
+from verify.strategies import DTYPES, SplitCase, cuts_of, endless, short_names, trained_by
 from verify.subject import EXACT, GRAD, Cut, Documents, SplitResult, Subject, TrainCase, TrainResult
 
 NAME = "splits"
@@ -61,7 +61,7 @@ def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
     names = () if linear is None else short_names(linear.dtypes)
     a_shape = getattr(linear, "cases_a_shape", 1)
     linears = endless("split", names, seed, a_shape) if linear else iter(())
-    trainings = endless("train", (), seed) if trainer else iter(())
+    trainings = trained_by(trainer, endless("train", (), seed)) if trainer else iter(())
     floats = {"linear": _Floats(), "model": _Floats()}
     while budget.more(out.cases) and not (budget.stop_at_failure and out.failures):
         training = linear is None or (trainer is not None and out.cases % ROUND == ROUND - 1)

@@ -19,7 +19,7 @@ from verify.graphs import AdamWBounds
 from verify.judge import around, judge
 from verify.oracle.adamw import AdamWOracle, Hyper, clip_coefficient
 from verify.oracle.digest import md5_of_tensor
-from verify.strategies import OptimizerCase, cuts_of, endless
+from verify.strategies import OptimizerCase, cuts_of, endless, trained_by
 from verify.subject import Subject, TrainCase, TrainResult
 
 NAME = "updates"
@@ -41,7 +41,7 @@ def run(subject: Subject, budget: Budget, seed: int) -> Outcome:
         out.reason = "the subject has no optimiser"
         return out
     steps = endless("optimizer", (), seed)
-    trainings = endless("train", (), seed) if trainer else iter(())
+    trainings = trained_by(trainer, endless("train", (), seed)) if trainer else iter(())
     doubtful = 0
     while budget.more(out.cases) and not (budget.stop_at_failure and out.failures):
         training = trainer is not None and out.cases % ROUND == 0

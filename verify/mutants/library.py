@@ -6,7 +6,7 @@ this file imports nothing of the library, and a subject of another maker is left
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from collections.abc import Callable
 from dataclasses import replace
 from unittest import mock
@@ -24,12 +24,9 @@ def _under(target: str, fault: Callable) -> Callable:
     """While the part works, ``target`` is ``fault(the real one)``."""
 
     def wrap(part):
-        module, _, name = target.rpartition(".")
-
         def under(method):
             def call(*args, **keywords):
-                real = getattr(importlib.import_module(module), name)
-                with mock.patch(target, fault(real)):
+                with mock.patch(target, fault(pkgutil.resolve_name(target))):
                     return method(*args, **keywords)
 
             return call
@@ -92,6 +89,21 @@ def _one_mask(real: Callable) -> Callable:
     return lambda seed, step, path: real(seed, step, "")
 
 
+def _head_left_out(real: Callable) -> Callable:
+    """The loss takes the head's own weight alone; everywhere else the adapter on it counts."""
+    return lambda *args, **keywords: None
+
+
+def _head_tiles_cross(part):
+    """The head's partial sums hold rows of several documents: on the torch path, and in the kernels' chunks."""
+    tiles = _under("fastlora.ops.head_lora.by_document", lambda real: lambda counts, step: real((sum(counts),), step))
+    chunks = _under(
+        "fastlora.ops.head_lora.places",
+        lambda real: lambda counts, owner, step: real((sum(counts),), torch.zeros_like(owner), step),
+    )
+    return tiles(chunks(part))
+
+
 def _fastlora_alone(subject: Subject) -> str:
     return "" if subject.name.startswith("fastlora") else "a fault of fastlora's own functions"
 
@@ -110,6 +122,9 @@ MUTANTS = (
     _fault("prompt tokens learnt", "prompt tokens are in the loss", _in_batch(_prompt_learnt)),
     _fault("rows see each other", "a packed stream counts as one document", _in_batch(_documents_mixed),
            "huggingface/transformers#25452"),
+    _fault("adapter on the head left out", "the loss knows the head's own weight alone",
+           _under("fastlora.modules.LoraLinear.in_loss", _head_left_out)),
+    _fault("the head's sums cross documents", "partial sums of an adapter on the head hold rows of several documents", _head_tiles_cross),
     _fault("one mask shared by projections", "the dropout mask does not depend on the module",
            _under("fastlora.modules.module_key", _one_mask), "axolotl-ai-cloud/axolotl#3732", "linear", "accuracy"),
 )  # fmt: skip
