@@ -186,7 +186,7 @@ def _our_gradients(
     if "ckpt" in spec.flags:
         net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     notes = prepare(net, spec)
-    objective, floats, around = Objective(net), "float" in spec.flags, around_batches(spec)
+    objective, floats, around = Objective(net), "float" in spec.flags, around_batches(spec.flags)
 
     def gradients(batches: Sequence[packing.MicroBatch]) -> dict:
         one = blocks.single_thread() if batch.labels.device.type == "cpu" else contextlib.nullcontext()

@@ -185,8 +185,11 @@ class Session:
             calls = {FROZEN: self.frozen.step, spec.name: running.step}
             if running.update and self.plan.optimizer and self._is_plain(spec):
                 calls["with optimizer"] = running.full_step
-            taken = self._interleaved(calls)
+            others = {name: call for name, call in running.others.items() if self.verdict(self.parse(name)).passed}
+            taken = self._interleaved(calls | others)
             found = self._describe(spec, running, peak) | {"how": "interleaved"}
+            if others:
+                found["over"] = {name: timing.ratio(taken[spec.name], taken[name]).as_dict() for name in others}
             found |= self._figures(spec.name, taken) | {"launches": sum(_launches(running.step).values()) or None}
         finally:
             running.close()

@@ -8,6 +8,7 @@ length distribution), and of a single base ``+float`` (no exact sums), ``+nonexa
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ _FLAGS = {
     "compile": BASES[:2], "layers": BASES[:2], "liger": BASES[:2], "ckpt": BASES, "dropout": BASES[1:], "rows": BASES,
     "library": BASES, "float": ("fastlora",), nonexact.NAME: ("fastlora",), "flex": BASES[:2], "fa2": BASES[:2],
 }  # fmt: skip
+# What a plain fastlora system can do on the same model, to say what exactness costs.
+OTHERS = (frozenset({"float"}), frozenset({"float", nonexact.NAME}))
 _NUMBERS = {"r": BASES[1:], "t": BASES, "align": ("fastlora",), "cap": BASES}
 
 
@@ -109,6 +112,7 @@ class Running:
         update: the optimiser's step on them, and drops them; None for a frozen model.
         supervised: tokens with a loss in a step; padded: tokens computed; tokens: real ones.
         notes: what a reader has to know.
+        others: the same step in another way on the same model, by the system's name: for a comparison turn by turn.
     """
 
     compute: Callable[[], None]
@@ -118,6 +122,7 @@ class Running:
     tokens: int
     padded: int
     notes: list[str] = field(default_factory=list)
+    others: dict[str, Callable[[], None]] = field(default_factory=dict)
 
     def step(self) -> None:
         """Forward and backward, gradients dropped: what the frozen model does too."""
@@ -132,6 +137,7 @@ class Running:
     def close(self) -> None:
         """Let go of everything, so that the memory can be freed; a model that goes has nothing to be put back."""
         self.compute = self.clear = self.update = None
+        self.others = {}
 
 
 def start(spec: Spec, shape: Shape, device: torch.device | str, dtype: torch.dtype) -> Running:
@@ -215,37 +221,51 @@ def adapted(spec: Spec, model: nn.Module, device, rows: list[Row] | None = None)
         packing.collate([rows[i] for i in cut], [ids[i] for i in cut], alignment, device, seed=0, step=1)
         for cut in packing.plan(rows, spec.tokens, alignment)
     ]
-    around = around_batches(spec)
-    for batch in batches:
-        with around(batch.stream):  # refuses, before anything runs, what this system cannot do
-            pass
-    supervised = sum(batch.supervised for batch in batches)
-    floats = "float" in spec.flags
 
-    def compute() -> None:
-        one = blocks.single_thread() if kind == "cpu" else contextlib.nullcontext()
-        with one, contextlib.nullcontext() if floats else exact(model):
+    def enter(flags: frozenset[str]) -> None:
+        """Refuse, before anything runs, batches that cannot be run so."""
+        for batch in batches:
+            with around_batches(flags)(batch.stream):
+                pass
+
+    enter(spec.flags)
+    supervised = sum(batch.supervised for batch in batches)
+
+    def compute(flags: frozenset[str] = spec.flags) -> None:
+        one, around = blocks.single_thread() if kind == "cpu" else contextlib.nullcontext(), around_batches(flags)
+        with one, contextlib.nullcontext() if "float" in flags else exact(model):
             for batch in batches:
                 with stream.use(batch.stream), around(batch.stream):
                     objective(batch).total.backward()
 
-    def clear() -> None:
-        if floats:
+    def clear(flags: frozenset[str] = spec.flags) -> None:
+        if "float" in flags:
             optimizer.zero_grad(set_to_none=True)
         else:
             discard(model)
+
+    def step(flags: frozenset[str]) -> None:
+        compute(flags)
+        clear(flags)
+
+    others = {}
+    for flags in () if spec.flags else OTHERS:
+        with contextlib.suppress(InputError):  # documents of several lengths, or no fused layers: there is no such step
+            if nonexact.NAME not in flags or notes:
+                enter(flags)
+                others["+".join(("fastlora", *sorted(flags)[-1:]))] = functools.partial(step, flags)
 
     def update() -> None:
         optimizer.step(supervised_tokens=supervised)
         optimizer.zero_grad(set_to_none=True)
 
     padded = sum(batch.stream.total for batch in batches)
-    return Running(compute, clear, update, supervised, sum(map(len, rows)), padded, notes)
+    return Running(compute, clear, update, supervised, sum(map(len, rows)), padded, notes, others)
 
 
-def around_batches(spec: Spec) -> Callable[[stream.Stream], contextlib.AbstractContextManager]:
+def around_batches(flags: frozenset[str]) -> Callable[[stream.Stream], contextlib.AbstractContextManager]:
     """What stands around the forward and backward of each micro-batch of a fastlora system."""
-    return nonexact.active if nonexact.NAME in spec.flags else lambda of: contextlib.nullcontext()
+    return nonexact.active if nonexact.NAME in flags else lambda of: contextlib.nullcontext()
 
 
 def prepare(model: nn.Module, spec: Spec | None = None) -> list[str]:

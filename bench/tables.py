@@ -125,9 +125,17 @@ COSTS = {"fastlora+float": "exact over float sums, same kernels", "fastlora+none
 
 
 def costs(rows: list[dict]) -> dict[str, float]:
-    """What exactness costs, by what it is held against: times over the frozen model of each one's own session, one over the other."""
+    """What exactness costs, by what it is held against: the ratio turn by turn on one model, where both were timed so, else of times
+    over the frozen model of each one's own session."""
     over = {row["system"]: row["over_frozen"]["median"] for row in rows if "over_frozen" in row}
-    return {what: over["fastlora"] / over[name] for name, what in COSTS.items() if name in over and "fastlora" in over}
+    turns = next((row.get("over", {}) for row in rows if row["system"] == "fastlora"), {})
+    found = {}
+    for name, what in COSTS.items():
+        if name in turns:
+            found[what] = turns[name]["median"]
+        elif name in over and "fastlora" in over:
+            found[what] = over["fastlora"] / over[name]
+    return found
 
 
 def ratio_text(result: dict) -> list[str]:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from bench import check, step, systems
-from bench.shapes import SHAPES, shape_named
+from bench.shapes import SHAPES, build, shape_named
 from fastlora.errors import InputError
+from fastlora.exact import lora_modules
 from fastlora.modules import LoraLinear
 
 TINY = SHAPES["tiny"]
@@ -77,10 +78,29 @@ def test_run_refuses_the_non_exact_configuration_without_kernels():
 def test_run_says_and_stores_what_exactness_costs(monkeypatch):
     monkeypatch.setattr("bench.timing.WORK_MS", 1.0)
     said = []
-    found = step.run(plan(say=said.append), ["fastlora", "fastlora+float"], None)
-    exact, floats = (row["over_frozen"]["median"] for row in found["rows"][1:])
-    assert found["exact_over"] == {"exact over float sums, same kernels": exact / floats}
-    assert said[-1] == f"exact over float sums, same kernels: {exact / floats:.3f} x"
+    found = step.run(plan(say=said.append), ["fastlora"], None)
+    paired = found["rows"][1]["over"]
+    assert list(paired) == ["fastlora+float"]  # without the kernels there is no non-exact configuration
+    assert found["exact_over"] == {"exact over float sums, same kernels": paired["fastlora+float"]["median"]}
+    assert said[-1] == f"exact over float sums, same kernels: {paired['fastlora+float']['median']:.3f} x"
+
+
+def test_the_other_ways_of_a_step_leave_the_model_as_it_was():
+    model = build(TINY, "cpu", torch.float32)
+    running = systems.adapted(systems.parse("fastlora", tokens=160, rank=4), model, "cpu")
+
+    def sums() -> list[torch.Tensor]:
+        running.compute()
+        found = [total.total.clone() for _, module in lora_modules(model) for total in module.sums]
+        running.clear()
+        return found
+
+    before = sums()
+    assert list(running.others) == ["fastlora+float"]
+    for call in running.others.values():
+        call()
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(one, two) for one, two in zip(before, sums(), strict=True))
 
 
 def test_run_stops_at_the_time_limit():
