@@ -237,7 +237,7 @@ def run(x, weight, s, b, bias, out, tile, *, transposed: bool) -> bool:
     except (CompilationError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PassManager" not in str(error):
             raise
-        _refused["sm_90"] = str(error)
-        warnings.warn(f"the warp-specialised GEMM does not compile with this Triton ({error}); the portable kernel runs", stacklevel=2)
+        told = _refused["sm_90"] = " ".join(str(error).split())[:300]
+        warnings.warn(f"the warp-specialised GEMM does not compile with this Triton ({told}); the portable kernel runs", stacklevel=2)
         return False
     return True
