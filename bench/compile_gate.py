@@ -86,7 +86,7 @@ def build_arguments(case: Case):
     if case.operation in gate_adamw.OPERATIONS:
         return gate_adamw.build_arguments(case)
     if case.operation in gate_specialized.OPERATIONS:
-        return gate_specialized.build_arguments(case)
+        return gate_specialized.build_arguments(case, element)
     if case.operation in gate_rows.OPERATIONS:
         return gate_rows.build_arguments(case, element)
     if case.operation == "project":

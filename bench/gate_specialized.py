@@ -8,19 +8,18 @@ from fastlora.kernels import gemm_specialized as file
 from fastlora.kernels import tables
 
 OPERATIONS = ("gemm_specialized",)
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def build_arguments(case):
-    """(kernel, tile, signature, constants) as the library launches it."""
+def build_arguments(case, element: str):
+    """(kernel, tile, signature, constants) as the library launches it; ``element``: pointers to the dtype."""
     n, k = (case.outer, case.inner) if case.transposed else (case.inner, case.outer)
     tile = tables.gemm_tile(case.arch, case.dtype, dropout=False, tma=True, specialized=True)
-    name = _NAMES[case.dtype]
+    name = element.removeprefix("*")
     signature = {
         which: f"tensordesc<{name}[{rows}, {columns}],{file.layout_of(case.dtype, rows, columns)!r}>"
         for which, (rows, columns) in file.blocks_of(tile, transposed=case.transposed).items()
     }
-    signature |= {"p_bias": f"*{name}", "M": "i32"}
+    signature |= {"p_bias": element, "M": "i32"}
     constants = dict(
         N=n, K=k, R=case.rank, TRANSPOSED=case.transposed, BIAS=case.dtype == torch.float16, BM=tile.bm, BN=tile.bn, BK=tile.bk,
         STAGES=tile.stages, GROUP=tile.group, PROGRAMS=132,

@@ -23,29 +23,19 @@ from bench.timing import control, control_dict, interleaved
 from fastlora.config import LoraConfig
 from fastlora.train import Trainer
 from fastlora.train_config import TrainConfig
+from verify.tiny import tokenizer
 
 # Steps that compile, grow the micro-batch and fill caches.
 WARM = 10
 ROWS = 4
 
 
-def tokenizer(words: int):
-    """A word is a token: rows of a known length without a download."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {"<end>": 0} | {f"w{i}": i for i in range(1, words)}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", pad_token="<end>")
-
-
 def write_rows(path: pathlib.Path, count: int, length: int, words: int) -> None:
-    """JSONL rows of ``length`` tokens: one less in words, and the end token that the trainer adds."""
+    """JSONL rows of ``length`` tokens, a word a token: one less in words, and the end token that the trainer adds."""
     draw = torch.Generator().manual_seed(0)
     with path.open("w") as file:
         for _ in range(count):
-            drawn = torch.randint(1, words, (length - 1,), generator=draw).tolist()
+            drawn = torch.randint(2, words, (length - 1,), generator=draw).tolist()
             file.write(json.dumps({"text": " ".join(f"w{i}" for i in drawn)}) + "\n")
 
 
@@ -75,7 +65,8 @@ def measure(shape: Shape, device: str, dtype: torch.dtype, *, tokens: int, steps
     bare = interleaved({"bare": running.full_step}, device, base="bare", samples=samples)
     in_trainer = (ends[-1] - ends[WARM - 1]) / steps * 1e3
     return {
-        "tokens": running.tokens, "padded_tokens": running.padded, "micro_batches": len(last["micro_batches"]), "steps": steps, "checkpoint_every": every,
+        "tokens": running.tokens, "padded_tokens": running.padded, "micro_batches": len(last["micro_batches"]),
+        "steps": steps, "checkpoint_every": every,
         "trainer_ms": in_trainer, "trainer_median_ms": statistics.median(b - a for a, b in zip(ends[WARM - 1 :], ends[WARM:])) * 1e3,
         "bare": bare["bare"].as_dict(), "trainer_over_bare": in_trainer / bare["bare"].median, "control": control_dict(control(bare, "bare")),
     }  # fmt: skip

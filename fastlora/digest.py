@@ -197,9 +197,10 @@ def _running_sums(group: list[_Chunk]) -> torch.Tensor:
     """The two weighted sums of each chunk up to the end of each of its slices, int64 [slices, 2], on the device of the first."""
     device = group[0][0][1].device
     pieces = [piece.to(device) for chunk in group for _, piece in chunk]
-    words = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     if len(pieces) == 1:
+        (words,) = pieces  # as it lies: a copy to pad it would cost as much as the sums
         return torch.stack([(words * row).sum() for row in _weights(device)[:, : words.numel()]])[None]
+    words = torch.cat(pieces)
     words = nn.functional.pad(words, (0, -words.numel() % CHUNK)).view(len(group), 1, CHUNK)
     size = math.gcd(CHUNK, BLOCK)
     products = (words * _weights(device)).view(len(group), 2, CHUNK // size, size)

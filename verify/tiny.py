@@ -73,12 +73,12 @@ def write_rows(path: pathlib.Path, case: TrainCase, order: tuple[int, ...]) -> N
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def tokenizer():
+def tokenizer(vocabulary: int = VOCABULARY):
     """One word, one token: ``w7`` is 7; with an end token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {"</s>": END, "<unk>": UNKNOWN} | {f"w{i}": i for i in range(2, VOCABULARY)}
+    words = {"</s>": END, "<unk>": UNKNOWN} | {f"w{i}": i for i in range(2, vocabulary)}
     inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>")

@@ -123,10 +123,14 @@ def _spans(rows: int) -> tuple[tuple[int, int], ...]:
     return ((0, rows),)
 
 
+def _step(device: str) -> int:
+    """Rows of a tile."""
+    return TILE_ROWS.get(device, TILE_ROWS["cuda"])
+
+
 def _cut(counts: tuple[int, ...], device: str) -> list[tuple[int, int]]:
     """Tiles over the gathered rows; on CPU none crosses a document."""
-    step = TILE_ROWS.get(device, TILE_ROWS["cuda"])
-    return head_lora.by_document(counts if device == "cpu" else (sum(counts),), step)
+    return head_lora.by_document(counts if device == "cpu" else (sum(counts),), _step(device))
 
 
 @functools.lru_cache(maxsize=64)
@@ -204,7 +208,7 @@ def _tile_triton(h, weight, labels, terms, want_grad):
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, rows, labels, tiles, terms, losses, call, a, b):
-        # a and b are there to have gradients: what computes with them is the call
+        # a and b are there to have gradients: what computes with them is the call, which has tiles of its own
         want_grad, found = any(ctx.needs_input_grad), losses
         h = hidden.index_select(0, rows)
         if call is not None:
@@ -325,11 +329,12 @@ def linear_cross_entropy(
             f"allowed are {IGNORED} and 0 to {weight.shape[0] - 1}"
         )
     losses = torch.empty(rows.shape[0], dtype=torch.float32, device=hidden.device)
-    tiles, call, a, b = _cut(counts, hidden.device.type), None, None, None
-    if lora is not None:
-        device = "cuda" if backend.pick(hidden) == "triton" else hidden.device.type
-        call = HeadCall(lora, hidden, rows, owner, counts, TILE_ROWS.get(device, TILE_ROWS["cuda"]))
-        a, b = lora.a, lora.b
+    tiles = call = a = b = None
+    if lora is None:
+        tiles = _cut(counts, hidden.device.type)
+    else:
+        step = _step("cuda" if backend.pick(hidden) == "triton" else hidden.device.type)
+        call, a, b = HeadCall(lora, hidden, rows, owner, counts, step), lora.a, lora.b
     carrier = _LinearCrossEntropy.apply(
         hidden, weight.detach(), rows, chosen.labels, tiles, terms, losses, call, a, b
     )

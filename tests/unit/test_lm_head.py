@@ -137,28 +137,25 @@ def test_coverage_and_head_of_tell_of_an_adapter_on_the_head():
     assert head_of(eject(model)) is None
 
 
-def test_trainer_with_an_adapter_on_the_head_gives_one_adapter_for_every_cut(tmp_path):
-    held = str(tiny_run.write_rows(tmp_path / "held.jsonl", 3, seed=9))
-    settings = {"steps": 2, "eval_data": held, "lora": {**LORA, "lora_dropout": 0.1}, "gradient_scale": 1024.0}
-    found = [
+def trained_by_two_cuts(folder, **settings) -> list:
+    """What two runs gave, of rows in several micro-batches and in one."""
+    held = str(tiny_run.write_rows(folder / "held.jsonl", 3, seed=9))
+    return [
         tiny_run.train(
-            tmp_path, f"cut{cut}", model=tiny_run.tiny_model(tied=False), micro_batch_tokens=cut, **settings
+            folder, f"cut{cut}", model=tiny_run.tiny_model(tied=False), micro_batch_tokens=cut, eval_data=held, **settings
         )[0]
         for cut in (160, 4096)
     ]
+
+
+def test_trainer_with_an_adapter_on_the_head_gives_one_adapter_for_every_cut(tmp_path):
+    found = trained_by_two_cuts(tmp_path, steps=2, lora={**LORA, "lora_dropout": 0.1}, gradient_scale=1024.0)
     assert found[0].digest == found[1].digest
     assert found[0].losses == found[1].losses
     assert found[0].held_out == found[1].held_out
 
 
 def test_trainer_with_an_adapter_on_the_head_alone(tmp_path):
-    held = str(tiny_run.write_rows(tmp_path / "held.jsonl", 3, seed=9))
-    settings = {"steps": 4, "eval_data": held, "lora": {"r": 4, "target_modules": ["lm_head"]}}
-    found = [
-        tiny_run.train(
-            tmp_path, f"cut{cut}", model=tiny_run.tiny_model(tied=False), micro_batch_tokens=cut, **settings
-        )[0]
-        for cut in (160, 4096)
-    ]
+    found = trained_by_two_cuts(tmp_path, steps=4, lora={"r": 4, "target_modules": ["lm_head"]})
     assert found[0].digest == found[1].digest
     assert found[0].held_out[0][1] > found[0].held_out[-1][1]
