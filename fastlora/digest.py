@@ -103,33 +103,47 @@ def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
     Raises:
         InputError: a tensor without data (device "meta").
     """
-    return fingerprint_and_codes(tensors)[0]
+    return Fingerprint(tensors).and_codes()[0]
 
 
-def fingerprint_and_codes(tensors: Mapping[str, torch.Tensor]) -> tuple[str, str]:
-    """:func:`fingerprint`, and what tells which tensor it was that changed.
+class Fingerprint:
+    """:func:`fingerprint` of tensors that stay where they lie, taken again and again: where each word goes is worked out once.
 
-    The two sums of the fingerprint are sums over tensors as well; each tensor's share, hashed, is cut to 16 bits.
+    Args:
+        tensors: named; their bytes are read at each call, so those that are not contiguous, or end inside a word, are for one call.
 
-    Returns:
-        The fingerprint, and four hex characters a tensor, in the order of sorted names. Equal tensors at equal places have
-        equal codes; one that differs is missed once in 65,536 times, which the fingerprint is not.
+    Raises:
+        InputError: a tensor without data (device "meta").
     """
-    ordered = {n: tensors[n] for n in sorted(tensors)}
-    chunks = list(_chunks(ordered.values()))
-    shares = [[0, 0] for _ in ordered]
-    running = iter(_on_host([_running_sums(group) for group in _groups(chunks)]))
-    for number, chunk in enumerate(chunks):
-        ends = list(itertools.islice(running, len(chunk)))
-        before = (0, 0)
-        for (place, _), pair in zip(chunk, ends, strict=True):
-            for which in range(2):
-                shares[place][which] += (pair[which] - before[which]) * _mix(2 * number + which)
-            before = pair
-    heads = [f"{_header(n, t)}\n" for n, t in ordered.items()]
-    sums = [sum(share[which] for share in shares) for which in range(2)]
-    codes = [_hash(share, head)[:4] for share, head in zip(shares, heads, strict=True)]
-    return _hash(sums, "".join(heads)), "".join(codes)
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        ordered = {n: tensors[n] for n in sorted(tensors)}
+        self._heads = [f"{_header(n, t)}\n" for n, t in ordered.items()]
+        chunks = list(_chunks(ordered.values()))
+        self._owners = [[place for place, _ in chunk] for chunk in chunks]
+        self._factors = [(_mix(2 * number), _mix(2 * number + 1)) for number in range(len(chunks))]
+        self._groups = [_Group(group) for group in _grouped(chunks)]
+
+    def and_codes(self) -> tuple[str, str]:
+        """The fingerprint, and what tells which tensor it was that changed.
+
+        The two sums of the fingerprint are sums over tensors as well; each tensor's share, hashed, is cut to 16 bits.
+
+        Returns:
+            The fingerprint, and four hex characters a tensor, in the order of sorted names. Equal tensors at equal places have
+            equal codes; one that differs is missed once in 65,536 times, which the fingerprint is not.
+        """
+        shares = [[0, 0] for _ in self._heads]
+        running = iter(_on_host([group.running_sums() for group in self._groups]))
+        for owners, factors in zip(self._owners, self._factors, strict=True):
+            before = (0, 0)
+            for place, pair in zip(owners, itertools.islice(running, len(owners))):
+                for which in range(2):
+                    shares[place][which] += (pair[which] - before[which]) * factors[which]
+                before = pair
+        sums = [sum(share[which] for share in shares) for which in range(2)]
+        codes = [_hash(share, head)[:4] for share, head in zip(shares, self._heads, strict=True)]
+        return _hash(sums, "".join(self._heads)), "".join(codes)
 
 
 def _hash(sums: list[int], head: str) -> str:
@@ -186,34 +200,45 @@ def _chunks(tensors: Iterable[torch.Tensor]) -> Iterator[_Chunk]:
         yield chunk
 
 
-def _groups(chunks: list[_Chunk]) -> Iterator[list[_Chunk]]:
+def _grouped(chunks: list[_Chunk]) -> Iterator[list[_Chunk]]:
     """Chunks that are summed together, all on one device: a GPU would mostly wait for launches if it got one at a time."""
     for device, some in itertools.groupby(chunks, key=lambda chunk: chunk[0][1].device):
         together, most = list(some), GROUP if device.type == "cuda" else 1
         yield from (together[i : i + most] for i in range(0, len(together), most))
 
 
-def _running_sums(group: list[_Chunk]) -> torch.Tensor:
-    """The two weighted sums of each chunk up to the end of each of its slices, int64 [slices, 2], on the device of the first."""
-    device = group[0][0][1].device
-    pieces = [piece.to(device) for chunk in group for _, piece in chunk]
-    if len(pieces) == 1:
-        (words,) = pieces  # as it lies: a copy to pad it would cost as much as the sums
-        return torch.stack([(words * row).sum() for row in _weights(device)[:, : words.numel()]])[None]
-    words = torch.cat(pieces)
-    words = nn.functional.pad(words, (0, -words.numel() % CHUNK)).view(len(group), 1, CHUNK)
-    size = math.gcd(CHUNK, BLOCK)
-    products = (words * _weights(device)).view(len(group), 2, CHUNK // size, size)
-    if len(pieces) == len(group):
-        return products.sum((2, 3))
-    # Whole blocks before a slice's last word, and the part of its own block: a scan of a few long rows is slow on a GPU.
-    blocks = products.sum(3)
-    before = blocks.cumsum(2) - blocks
-    last = [end - 1 for chunk in group for end in itertools.accumulate(piece.numel() for _, piece in chunk)]
-    owner = [number for number, chunk in enumerate(group) for _ in chunk]
-    owner, block, place = torch.tensor([owner, [i // size for i in last], [i % size for i in last]], device=device)
-    part = products[owner, :, block] * (torch.arange(size, device=device) <= place[:, None])[:, None]
-    return before[owner, :, block] + part.sum(2)
+class _Group:
+    """Chunks that are summed together, on the device of the first slice."""
+
+    def __init__(self, chunks: list[_Chunk]) -> None:
+        self.count = len(chunks)
+        self.pieces = [piece for chunk in chunks for _, piece in chunk]
+        self.device = self.pieces[0].device
+        self.size = math.gcd(CHUNK, BLOCK)
+        if len(self.pieces) > self.count:
+            last = [end - 1 for chunk in chunks for end in itertools.accumulate(piece.numel() for _, piece in chunk)]
+            owner = [number for number, chunk in enumerate(chunks) for _ in chunk]
+            table = [owner, [i // self.size for i in last], [i % self.size for i in last]]
+            self.owner, self.block, place = torch.tensor(table).to(self.device)
+            self.within = (torch.arange(self.size, device=self.device) <= place[:, None])[:, None]
+
+    def running_sums(self) -> torch.Tensor:
+        """The two weighted sums of each chunk up to the end of each of its slices, int64 [slices, 2]."""
+        weights = _weights(self.device)
+        pieces = [piece.to(self.device) for piece in self.pieces]
+        if len(pieces) == 1:
+            (words,) = pieces  # as it lies: a copy to pad it would cost as much as the sums
+            return torch.stack([(words * row).sum() for row in weights[:, : words.numel()]])[None]
+        words = torch.cat(pieces)
+        words = nn.functional.pad(words, (0, -words.numel() % CHUNK)).view(self.count, 1, CHUNK)
+        products = (words * weights).view(self.count, 2, CHUNK // self.size, self.size)
+        if len(pieces) == self.count:
+            return products.sum((2, 3))
+        # Whole blocks before a slice's last word, and the part of its own block: a scan of a few long rows is slow on a GPU.
+        blocks = products.sum(3)
+        before = blocks.cumsum(2) - blocks
+        part = products[self.owner, :, self.block] * self.within
+        return before[self.owner, :, self.block] + part.sum(2)
 
 
 def _on_host(parts: list[torch.Tensor]) -> Iterator[list[int]]:

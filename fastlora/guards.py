@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -215,6 +216,26 @@ def check_update_size(model: nn.Module, learning_rate: float) -> None:
                 "would round to nothing",
                 "Keep the parameters in fp32, or raise the learning rate"
             )
+
+
+class Ran(NamedTuple):
+    """A micro-batch whose backward was launched: indices of its rows in the global batch, itself, its documents' losses on the device."""
+
+    cut: list[int]
+    batch: MicroBatch
+    documents: torch.Tensor
+
+
+def losses_of(objective: Objective, ran: Sequence[Ran], step: int) -> list[float]:
+    """The losses of the rows that ``ran`` holds, in the rows' order. Waits for the device.
+
+    Raises:
+        TrainingError: one is not finite; see :func:`finite_or_raise`.
+    """
+    found: dict[int, float] = {}
+    for cut, batch, documents in ran:
+        found.update(zip(cut, finite_or_raise(documents, batch.lines, step, objective, batch), strict=True))
+    return [found[index] for index in sorted(found)]
 
 
 def finite_or_raise(documents: torch.Tensor, lines: Sequence[int], step: int, objective: Objective,

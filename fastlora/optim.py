@@ -118,7 +118,8 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(
-        self, closure: Callable[[], object] | None = None, *, supervised_tokens: int | None = None
+        self, closure: Callable[[], object] | None = None, *, supervised_tokens: int | None = None,
+        before_update: Callable[[], object] | None = None,
     ) -> StepReport:
         """Take one step from the pending exact sums, or from ``.grad`` where there are none.
 
@@ -126,6 +127,8 @@ class AdamW(torch.optim.Optimizer):
             closure: called first, with gradients enabled (it runs forward and backward).
             supervised_tokens: the global batch's count of supervised tokens. The gradient is that of the SUM
                 of token losses and is divided by it once. Needed for exact sums; with ``.grad`` optional.
+            before_update: called before the first wait for the device, and before a parameter moves: the place to read losses, which
+                earlier would leave a GPU without work. What it raises ends the step with the parameters unchanged.
 
         Raises:
             InputError: called inside an exact block, no or a bad token count, no gradient at all, or
@@ -145,7 +148,7 @@ class AdamW(torch.optim.Optimizer):
             _within("supervised_tokens", supervised_tokens, ok, "a number > 0 (exact sums need it)")
         try:
             entries, sums = self._exact_entries(modules) if pending else (self._grad_entries(), [])
-            report = self._apply(entries, sums, (supervised_tokens or 1) * self.gradient_scale)
+            report = self._apply(entries, sums, (supervised_tokens or 1) * self.gradient_scale, before_update)
         finally:
             if pending:
                 release([m for _, m in modules])
@@ -229,11 +232,14 @@ class AdamW(torch.optim.Optimizer):
         m, v = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
         return _Entry(name, p.view(-1), raw.reshape(-1), m, v, group, state)
 
-    def _apply(self, entries: list[_Entry], sums: list[tuple[str, TokenSum]], divisor: float) -> StepReport:
+    def _apply(self, entries: list[_Entry], sums: list[tuple[str, TokenSum]], divisor: float,
+               before_update: Callable[[], object] | None = None) -> StepReport:
         # All that can be launched is launched before the first wait, so that a GPU still at the backward has its next work.
         by_kernel, others = self._by_path(entries)
         buckets = list(_buckets(others))
         squares = _squares(buckets, divisor) + [_rows(table.squares(divisor)) for table, _ in by_kernel]
+        if before_update is not None:
+            before_update()
         self._check(sums)
         norm = _norm(squares)
         if not math.isfinite(norm):

@@ -49,6 +49,11 @@ class MicroBatch:
     chosen: Supervised
     weights: tuple[float, ...] | None = None
 
+    def as_logged(self) -> dict:
+        """What the log says of it."""
+        return {"sample_ids": [f"{i:016x}" for i in self.stream.sample_ids], **self.places(), "tokens": sum(self.stream.lengths),
+                "padded_tokens": self.stream.total, "supervised_tokens": self.supervised}
+
     def places(self) -> dict[str, list]:
         """``lines``, and ``files`` where the data set has several, for the log."""
         files = [getattr(line, "file", "") for line in self.lines]

@@ -16,9 +16,9 @@ import pathlib
 import torch
 from torch import nn
 
-from fastlora import checkpoint, packing, rundir
+from fastlora import checkpoint, guards, packing, rundir
 from fastlora.config import LoraConfig
-from fastlora.digest import PREFIX, adapter_tensors, fingerprint_and_codes
+from fastlora.digest import PREFIX, Fingerprint, adapter_tensors
 from fastlora.errors import InputError
 from fastlora.exact import check_all, discard, lora_modules
 from fastlora.inject import injection
@@ -167,7 +167,7 @@ def _steps(trainer: Trainer, records: dict[int, dict], step: int, notes: tuple[s
         trainer.compute()
         record = records.get(trainer.done)
         if different is None and record is not None:
-            whole, codes = fingerprint_and_codes(adapter_tensors(trainer.model))
+            whole, codes = Fingerprint(adapter_tensors(trainer.model)).and_codes()
             if whole != record["fingerprint"]:
                 different, tensors = trainer.done, _odd(trainer.model, record.get("codes"), codes)
     return Replay(step, start, different, tensors, sequences, notes)
@@ -190,12 +190,13 @@ def _sequences(trainer: Trainer, step: int) -> tuple[SequenceOfStep, ...]:
     found = []
     with trainer.one_thread():
         for index, row in enumerate(rows):
-            losses, _ = trainer.sums(rows, ids, [[index]], step)
+            ran = trainer.sums(rows, ids, [[index]], step)
             try:
+                (loss,) = guards.losses_of(trainer.objective, ran, step)
                 norm = _gradient_norm(trainer.model, divisor)
             finally:
                 discard(trainer.model)
-            loss = losses[index] / packing.supervised_weight([row])
+            loss /= packing.supervised_weight([row])
             found.append(SequenceOfStep(row.line, f"{ids[index]:016x}", norm, loss, row.supervised))
     return tuple(sorted(found, key=lambda s: (-s.gradient_norm, s.line)))
 

@@ -14,6 +14,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from fastlora.errors import InputError
@@ -152,10 +153,10 @@ class Stream:
     def _on(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
         name = str(device)
         if name not in self._device_cache:
-            sizes = torch.tensor([stop - start for start, stop in self.spans], dtype=torch.int64)
-            starts = torch.tensor([start for start, _ in self.spans], dtype=torch.int64)
-            positions = torch.arange(self.total) - starts.repeat_interleave(sizes)
-            samples = torch.tensor(self.sample_ids, dtype=torch.int64).repeat_interleave(sizes)
+            # By numpy: torch wakes all its threads for tables this small, which takes milliseconds of every step on many cores.
+            starts, stops = np.array(self.spans, dtype=np.int64).reshape(-1, 2).T
+            positions = torch.from_numpy(np.arange(self.total) - np.repeat(starts, stops - starts))
+            samples = torch.from_numpy(np.repeat(np.array(self.sample_ids, dtype=np.int64), stops - starts))
             keys = splitmix64_words(splitmix64_words(samples) + positions)
             self._device_cache[name] = (positions.to(device), keys.to(device))
         return self._device_cache[name]

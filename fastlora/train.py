@@ -18,7 +18,7 @@ from fastlora import blocks, checkpoint, guards, lock, packing, rundata, rundir,
 from fastlora.config import LoraConfig
 from fastlora.coverage import coverage, coverage_lines
 from fastlora.data import Row
-from fastlora.digest import adapter_tensors, digest, fingerprint_and_codes
+from fastlora.digest import Fingerprint, adapter_tensors, digest
 from fastlora.due import Due
 from fastlora.errors import InputError, TrainingError
 from fastlora.evaluate import Evaluation, best_point, evaluate, out_of_patience
@@ -149,7 +149,7 @@ class Trainer:
             self.exactness = exactness_line(self, first, ids, not_exact)
         self.budget.auto = self.budget.auto and not (not_exact or self.float_sums)
         say(self.exactness)
-        self.start = snapshot(model)
+        self.start, self.fingerprint = snapshot(model), Fingerprint(adapter_tensors(model))
         self.optimizer = AdamW(
             model, config.learning_rate, weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm or None, gradient_scale=config.gradient_scale,
@@ -203,14 +203,9 @@ class Trainer:
         """The rows of a step's global batch, counted from 1 (see :class:`packing.Batches`)."""
         return [self.rows[i] for i in self.batches.of(step)]
 
-    def sums(self, rows: Sequence[Row], ids: Sequence[int], cuts: list[list[int]], step: int,
-             ) -> tuple[list[float], list[dict]]:
-        """Forward and backward of a global batch, cut into ``cuts``; the gradients' sums stay pending.
-
-        Returns:
-            The loss of each row, and what the log says of each micro-batch.
-        """
-        ran, losses = [], [0.0] * len(rows)
+    def sums(self, rows: Sequence[Row], ids: Sequence[int], cuts: list[list[int]], step: int) -> list[guards.Ran]:
+        """Forward and backward of a global batch, cut into ``cuts``; the gradients' sums stay pending. Waits for no device."""
+        ran = []
         with contextlib.nullcontext() if self.float_sums else exact(self.model):
             for cut in cuts:
                 batch = packing.collate([rows[i] for i in cut], [ids[i] for i in cut], self.alignment,
@@ -218,23 +213,14 @@ class Trainer:
                 with stream.use(batch.stream):
                     loss = self.objective(batch)
                     loss.backward()
-                ran.append((cut, batch, loss.documents))
-            # Looked at after the last backward was launched: reading a loss waits for the GPU.
-            for cut, batch, documents in ran:
-                values = guards.finite_or_raise(documents, batch.lines, step, self.objective, batch)
-                for index, value in zip(cut, values, strict=True):
-                    losses[index] = value
-        return losses, [
-            {"sample_ids": [f"{i:016x}" for i in batch.stream.sample_ids], **batch.places(),
-             "tokens": sum(batch.stream.lengths), "padded_tokens": batch.stream.total,
-             "supervised_tokens": batch.supervised} for _, batch, _ in ran
-        ]
+                ran.append(guards.Ran(cut, batch, loss.documents))
+        return ran
 
     def compute(self) -> tuple[list[float], list[dict], StepReport]:
         """The next optimiser step, in memory alone.
 
         Returns:
-            What :meth:`sums` does, and what the optimiser says.
+            The loss of each row, what the log says of each micro-batch, and what the optimiser says.
         """
         step = self.done + 1
         rows = self.batch_of(step)
@@ -242,11 +228,11 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rates[step - 1] * group["lr_ratio"]
         with self.one_thread():
-            losses, micro_batches = self.in_memory(rows, lambda cuts: self.sums(rows, ids, cuts, step))
-            update = self._update(rows, step)
+            ran = self.in_memory(rows, lambda cuts: self.sums(rows, ids, cuts, step))
+            losses, update = self._update(rows, ran, step)
         self.done = step
         self.budget.grow(rows)
-        return losses, micro_batches, update
+        return losses, [batch.as_logged() for _, batch, _ in ran], update
 
     def _advance(self) -> None:
         """One optimiser step, its log line, and what is due after it."""
@@ -271,7 +257,7 @@ class Trainer:
             "supervised_tokens": supervised, "tokens": tokens, "padded_tokens": padded,
             "tokens_per_second": tokens / seconds, "seconds": seconds, "micro_batches": micro_batches,
         }
-        record["fingerprint"], record["codes"] = fingerprint_and_codes(adapter_tensors(self.model))
+        record["fingerprint"], record["codes"] = self.fingerprint.and_codes()
         memory = memory_in_use(self.device)
         self.progress.step(step, loss, self.rates[step - 1], tokens, padded, memory)
         due = self.due.checkpoint(step)
@@ -292,10 +278,17 @@ class Trainer:
             self.saver.save(self, taken)
         self.due.picture(lambda: draw(self))
 
-    def _update(self, rows: Sequence[Row], step: int) -> StepReport:
+    def _update(self, rows: Sequence[Row], ran: Sequence[guards.Ran], step: int) -> tuple[list[float], StepReport]:
+        losses: list[float] = []
         try:
-            return self.optimizer.step(supervised_tokens=packing.supervised_weight(rows))
+            report = self.optimizer.step(
+                supervised_tokens=packing.supervised_weight(rows),
+                before_update=lambda: losses.extend(guards.losses_of(self.objective, ran, step)),
+            )
+            return losses, report
         except TrainingError as error:
+            if not losses:
+                raise
             blame = guards.blame_gradient(self.objective, rows, self.alignment, self.device,
                                           self.config.seed, step)
             raise TrainingError(f"step {step}: {blame or error}; no parameter was changed") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import numpy as np
 import torch
 
 # Tokens of one step of the sums. Documents are aligned to it on CUDA, and every chunk starts at a multiple.
@@ -47,8 +48,8 @@ def chunks_of(rows: int, spans: tuple[tuple[int, int], ...] | None, device: torc
     longest = LONGEST
     if spans is None or any(start % UNIT for start, _ in spans):
         spans, longest = ((0, rows),), LONGEST_ALONE
-    starts = torch.tensor([row // UNIT for start, stop in spans for row in range(start, stop, longest)], dtype=torch.int32)
+    starts = np.array([row // UNIT for start, stop in spans for row in range(start, stop, longest)], dtype=np.int32)  # see Stream
     units = -(-rows // UNIT)
-    before = torch.searchsorted(starts, torch.arange(units + 2, dtype=torch.int32)).int()
-    following = torch.cat([starts, starts.new_full((1,), units)])[before.long()]
-    return Chunks(rows, len(starts), torch.stack([following, before]).to(device))
+    before = np.searchsorted(starts, np.arange(units + 2))
+    table = np.stack([np.append(starts, units)[before], before]).astype(np.int32)
+    return Chunks(rows, len(starts), torch.from_numpy(table).to(device))

@@ -29,6 +29,7 @@ import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from fastlora import blocks, stream
@@ -80,13 +81,14 @@ def supervised(labels: torch.Tensor, spans: tuple[tuple[int, int], ...]) -> Supe
         labels: integers [M], already shifted; -100 is ignored.
         spans: (start, stop) of each document.
     """
-    rows = torch.nonzero(labels != IGNORED).flatten()
-    chosen = labels.index_select(0, rows).long()
-    ends = torch.tensor([stop for _, stop in spans], device=rows.device)
-    owner = torch.bucketize(rows, ends, right=True)
-    counts = torch.bincount(owner, minlength=len(spans)).tolist()
-    smallest, largest = torch.stack(chosen.aminmax()).tolist() if chosen.numel() else (0, -1)
-    return Supervised(rows, chosen, owner, tuple(counts), smallest, largest)
+    host = labels.detach().cpu().numpy()  # by numpy: see Stream
+    rows = np.flatnonzero(host != IGNORED)
+    chosen = host[rows].astype(np.int64)
+    owner = np.searchsorted([stop for _, stop in spans], rows, side="right")
+    counts = np.bincount(owner, minlength=len(spans)).tolist()
+    smallest, largest = (int(chosen.min()), int(chosen.max())) if chosen.size else (0, -1)
+    found = (torch.from_numpy(part).to(labels.device) for part in (rows, chosen, owner))
+    return Supervised(*found, tuple(counts), smallest, largest)
 
 
 @dataclass

@@ -11,10 +11,10 @@ from lora_standin import StandInModel
 
 import fastlora.digest as module
 from fastlora.digest import (
+    Fingerprint,
     adapter_tensors,
     digest,
     fingerprint,
-    fingerprint_and_codes,
     frozen_fingerprint,
     frozen_tensors,
 )
@@ -184,13 +184,13 @@ def test_fingerprint_and_codes_name_the_tensor_that_changed(monkeypatch) -> None
     module._weights.cache_clear()
     draw = torch.Generator().manual_seed(0)
     tensors = {n: torch.randn(size, generator=draw) for n, size in (("b", 150), ("a", 3), ("c", 64), ("d", 0), ("e", 9))}
-    whole, codes = fingerprint_and_codes(tensors)
+    whole, codes = Fingerprint(tensors).and_codes()
     assert whole == fingerprint(tensors) and len(codes) == 4 * len(tensors)
     for name, tensor in tensors.items():
         for place in {0, len(tensor) - 1} if len(tensor) else ():
             other = tensor.clone()
             other[place] += 1
-            changed, theirs = fingerprint_and_codes(tensors | {name: other})
+            changed, theirs = Fingerprint(tensors | {name: other}).and_codes()
             odd = [n for i, n in enumerate(sorted(tensors)) if codes[4 * i :][:4] != theirs[4 * i :][:4]]
             assert changed != whole and odd == [name]
     module._weights.cache_clear()
@@ -203,6 +203,6 @@ def test_chunks_summed_together_give_the_sums_of_each(monkeypatch):
     for sizes in ([5, 300, 7, 64, 1, 131], [64, 64, 64], [700], [3] * 50):
         tensors = [torch.randn(n, generator=draw) for n in sizes]
         chunks = list(module._chunks(tensors))
-        together = module._running_sums(chunks)
-        assert torch.equal(together, torch.cat([module._running_sums([chunk]) for chunk in chunks]))
+        together = module._Group(chunks).running_sums()
+        assert torch.equal(together, torch.cat([module._Group([chunk]).running_sums() for chunk in chunks]))
     module._weights.cache_clear()
