@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 from fastlora.files import atomic_write
 
@@ -12,13 +15,13 @@ MOST_POINTS = 2000
 
 
 def run_curves(
-    path: str | os.PathLike, records: Sequence[dict], held_out: Sequence[tuple[int, float, float]] = (),
+    path: str | os.PathLike | io.BytesIO, records: Sequence[dict], held_out: Sequence[tuple[int, float, float]] = (),
 ) -> None:
     """Draw a run so far and write a PNG, whole or not at all: losses, and below them learning rate, gradient norm and tokens
     a second.
 
     Args:
-        path: the file, for instance ``loss.png``.
+        path: the file, for instance ``loss.png``, or where its bytes go.
         records: lines of the log: step, counted from 1, loss (nats per supervised token), learning_rate, grad_norm,
             tokens_per_second.
         held_out: (step, loss, standard error) after that many steps; 0 is before training.
@@ -43,8 +46,19 @@ def run_curves(
         _style(axes, label)
         axes.ticklabel_format(axis="y", scilimits=(-3, 5))
     below[-1].set_xlabel("optimiser step")
-    with atomic_write(path) as temporary:
+    with contextlib.nullcontext(path) if isinstance(path, io.BytesIO) else atomic_write(path) as temporary:
         figure.savefig(temporary, format="png")
+
+
+@contextlib.contextmanager
+def warmed_up() -> Iterator[None]:
+    """Import what draws and find its fonts meanwhile: seconds at the first picture of all, which a run would stand still for."""
+    thread = threading.Thread(target=lambda: run_curves(io.BytesIO(), [{"step": 1, "loss": 1.0}]), name="fastlora-plot")
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def _style(axes, label: str) -> None:

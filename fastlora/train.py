@@ -29,6 +29,7 @@ from fastlora.invariant import make_invariant
 from fastlora.log import Progress, RunLog, TensorBoard, make_console, memory_in_use, require_tensorboard
 from fastlora.memory import Budget
 from fastlora.optim import AdamW, StepReport
+from fastlora.plot import warmed_up
 from fastlora.report import snapshot
 from fastlora.runreport import TrainResult, draw, finish, slim
 from fastlora.saving import Saver
@@ -91,6 +92,7 @@ class Trainer:
             self._open(stack)
             self.saver = Saver()
             stack.callback(self.saver.close)
+            stack.enter_context(warmed_up())
             with Interrupt() as stop, Progress(self.console, self.total, self.done) as self.progress:
                 if self.evaluation_rows and self.before is None:
                     self._evaluate()
