@@ -316,8 +316,8 @@ def linear_cross_entropy(
 
     Raises:
         InputError: shapes that do not agree, a label outside the vocabulary, a head that is not
-            frozen, a soft-cap that is not positive, a smoothing or z-loss out of range, or an
-            adapter that does not fit.
+            frozen, a soft-cap that is not positive, a smoothing or z-loss out of range, an
+            adapter that does not fit, or ``chosen`` of another stream.
     """
     terms = Terms(softcap, logit_scale, label_smoothing, z_loss)
     _check(hidden, weight, labels, terms, lora)
@@ -325,6 +325,8 @@ def linear_cross_entropy(
     if chosen is None:
         chosen = supervised(labels, spans)
     rows, owner, counts = chosen.rows, chosen.owner, chosen.counts
+    if len(counts) != len(spans):
+        raise InputError(f"chosen: was found in {len(counts)} documents; allowed are the {len(spans)} of the stream in use")
     if not 0 <= chosen.smallest <= chosen.largest + 1 <= weight.shape[0]:
         raise InputError(
             f"labels hold {chosen.smallest} to {chosen.largest}; "

@@ -150,6 +150,7 @@ def test_linear_cross_entropy_without_gradient_has_the_same_value():
         ({"label_smoothing": float("nan")}, "label_smoothing"),
         ({"z_loss": -1e-4}, "z_loss is -0.0001"),
         ({"z_loss": float("inf")}, "z_loss"),
+        ({"chosen": op.supervised(torch.tensor([1, 2, 3, 4]), ((0, 2), (2, 4)))}, "chosen: was found in 2 documents"),
     ],
 )
 def test_linear_cross_entropy_refuses_by_name(change, named):

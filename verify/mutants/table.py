@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+import torch
+
 from verify import rules
 from verify.claims import CLAIMS
 from verify.claims.outcome import Budget
@@ -35,8 +37,23 @@ class Kill:
     rules: dict[str, bool | None] = field(default_factory=dict)
 
 
+def _check_device(mutant: Mutant, subject: Subject) -> None:
+    """A CUDA error stays: whatever is tried after it in this process fails too, and would be counted as killed."""
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"planted fault {mutant.name!r} left the GPU unusable on {subject.name}: {str(error).splitlines()[0]}"
+            ) from error
+
+
 def try_mutant(mutant: Mutant, subject: Subject, seed: int, most_cases: int = 60, with_rules: bool = False) -> Kill:
-    """Plant one fault and run its claim until it fails, for at most ``most_cases`` cases."""
+    """Plant one fault and run its claim until it fails, for at most ``most_cases`` cases.
+
+    Raises:
+        RuntimeError: the fault left the GPU unusable; no more can be tried in this process.
+    """
 
     def row(verdict: str, cases: int, told: str, seconds: float, seen: dict[str, bool | None]) -> Kill:
         return Kill(
@@ -52,6 +69,7 @@ def try_mutant(mutant: Mutant, subject: Subject, seed: int, most_cases: int = 60
     begun = time.monotonic()
     budget = Budget(cases=most_cases, stop_at_failure=True)
     outcome = CLAIMS[mutant.killer].run(mutant.plant(subject), budget, seed)
+    _check_device(mutant, subject)
     if outcome.failures:
         verdict, told = KILLED, outcome.failures[0]
     elif outcome.cases == 0:
