@@ -63,11 +63,12 @@ def measure(shape: Shape, device: str, dtype: torch.dtype, *, tokens: int, steps
     gc.collect()
     running = systems.adapted(systems.parse("fastlora", tokens=tokens), build(shape, device, dtype), device, rows)
     bare = interleaved({"bare": running.full_step}, device, base="bare", samples=samples)
-    in_trainer = (ends[-1] - ends[WARM - 1]) / steps * 1e3
+    each = [(b - a) * 1e3 for a, b in zip(ends[WARM - 1 :], ends[WARM:])]
+    in_trainer = statistics.fmean(each)
     return {
         "tokens": running.tokens, "padded_tokens": running.padded, "micro_batches": len(last["micro_batches"]),
         "steps": steps, "checkpoint_every": every,
-        "trainer_ms": in_trainer, "trainer_median_ms": statistics.median(b - a for a, b in zip(ends[WARM - 1 :], ends[WARM:])) * 1e3,
+        "trainer_ms": in_trainer, "trainer_median_ms": statistics.median(each), "trainer_steps_ms": each, "first_step": WARM + 1,
         "bare": bare["bare"].as_dict(), "trainer_over_bare": in_trainer / bare["bare"].median, "control": control_dict(control(bare, "bare")),
     }  # fmt: skip
 
