@@ -117,18 +117,16 @@ class AdamW(torch.optim.Optimizer):
         self._tables: dict[tuple, object] = {}
 
     @torch.no_grad()
-    def step(
-        self, closure: Callable[[], object] | None = None, *, supervised_tokens: int | None = None,
-        before_update: Callable[[], object] | None = None,
-    ) -> StepReport:
+    def step(self, closure: Callable[[], object] | None = None, *, supervised_tokens: int | None = None,
+             before_update: Callable[[], object] | None = None) -> StepReport:
         """Take one step from the pending exact sums, or from ``.grad`` where there are none.
 
         Args:
             closure: called first, with gradients enabled (it runs forward and backward).
             supervised_tokens: the global batch's count of supervised tokens. The gradient is that of the SUM
                 of token losses and is divided by it once. Needed for exact sums; with ``.grad`` optional.
-            before_update: called before the first wait for the device, and before a parameter moves: the place to read losses, which
-                earlier would leave a GPU without work. What it raises ends the step with the parameters unchanged.
+            before_update: called before the first wait for the device and before a parameter moves: the place to read losses,
+                which earlier would leave a GPU without work. What it raises ends the step, the parameters unchanged.
 
         Raises:
             InputError: called inside an exact block, no or a bad token count, no gradient at all, or
@@ -191,11 +189,7 @@ class AdamW(torch.optim.Optimizer):
                 yield name, p, group
 
     def _grad_entries(self) -> list[_Entry]:
-        entries = [
-            self._entry(name, p, p.grad, group)
-            for name, p, group in self._parameters()
-            if p.grad is not None
-        ]
+        entries = [self._entry(name, p, p.grad, group) for name, p, group in self._parameters() if p.grad is not None]
         if not entries:
             raise InputError("step: nothing to step on, neither exact sums nor any .grad; run backward first")
         return entries

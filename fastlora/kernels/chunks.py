@@ -6,10 +6,10 @@ do not depend on what else is in the stream.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 
-import numpy as np
 import torch
 
 # Tokens of one step of the sums. Documents are aligned to it on CUDA, and every chunk starts at a multiple.
@@ -48,8 +48,8 @@ def chunks_of(rows: int, spans: tuple[tuple[int, int], ...] | None, device: torc
     longest = LONGEST
     if spans is None or any(start % UNIT for start, _ in spans):
         spans, longest = ((0, rows),), LONGEST_ALONE
-    starts = np.array([row // UNIT for start, stop in spans for row in range(start, stop, longest)], dtype=np.int32)  # see Stream
+    starts = [row // UNIT for start, stop in spans for row in range(start, stop, longest)]
     units = -(-rows // UNIT)
-    before = np.searchsorted(starts, np.arange(units + 2))
-    table = np.stack([np.append(starts, units)[before], before]).astype(np.int32)
-    return Chunks(rows, len(starts), torch.from_numpy(table).to(device))
+    before = [bisect.bisect_left(starts, unit) for unit in range(units + 2)]
+    following = [(starts[place] if place < len(starts) else units) for place in before]
+    return Chunks(rows, len(starts), torch.tensor([following, before], dtype=torch.int32).to(device))
