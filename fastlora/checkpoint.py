@@ -75,10 +75,9 @@ class Room:
         self._kept = torch.ones(3 * elements)  # written to here, not asked for alone
         self._used = 0
 
-    def empty(self) -> Room:
-        """The same room for the next checkpoint; what the last one held is gone."""
+    def empty(self) -> None:
+        """Make place for the next checkpoint; what the last one held is gone."""
         self._used = 0
-        return self
 
     def copied(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of ``tensor`` [any shape, dtype]: in the room, or beside it if it is not fp32 or there is no place left."""
@@ -92,7 +91,8 @@ class Room:
 
 def take(step: int, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict, extra: dict, room: Room | None = None) -> Taken:
     """Copy adapter, optimiser and position to the host: into ``room``, which what was taken before must not need any more."""
-    room = Room(model) if room is None else room.empty()
+    room = room or Room(model)
+    room.empty()
     adapter = {n: room.copied(t) for n, t in sorted(adapter_tensors(model).items())}
     tensors, scalars = _split(optimizer.state_dict(), room)
     state = {"layout": LAYOUT, "step": step, "identity": identity, "extra": extra, "optimizer": scalars}

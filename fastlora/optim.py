@@ -227,7 +227,7 @@ class AdamW(torch.optim.Optimizer):
         return _Entry(name, p.view(-1), raw.reshape(-1), m, v, group, state)
 
     def _apply(self, entries: list[_Entry], sums: list[tuple[str, TokenSum]], divisor: float,
-               before_update: Callable[[], object] | None = None) -> StepReport:
+               before_update: Callable[[], object] | None) -> StepReport:
         # All that can be launched is launched before the first wait, so that a GPU still at the backward has its next work.
         by_kernel, others = self._by_path(entries)
         buckets = list(_buckets(others))

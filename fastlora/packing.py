@@ -50,14 +50,11 @@ class MicroBatch:
     weights: tuple[float, ...] | None = None
 
     def as_logged(self) -> dict:
-        """What the log says of it."""
-        return {"sample_ids": [f"{i:016x}" for i in self.stream.sample_ids], **self.places(), "tokens": sum(self.stream.lengths),
-                "padded_tokens": self.stream.total, "supervised_tokens": self.supervised}
-
-    def places(self) -> dict[str, list]:
-        """``lines``, and ``files`` where the data set has several, for the log."""
+        """What the log says of it; ``files`` where the data set has several."""
         files = [getattr(line, "file", "") for line in self.lines]
-        return {"lines": [int(line) for line in self.lines]} | ({"files": files} if any(files) else {})
+        return {"sample_ids": [f"{i:016x}" for i in self.stream.sample_ids], "lines": [int(line) for line in self.lines],
+                **({"files": files} if any(files) else {}), "tokens": sum(self.stream.lengths),
+                "padded_tokens": self.stream.total, "supervised_tokens": self.supervised}
 
 
 def epoch_order(n: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import threading
@@ -15,17 +16,24 @@ MOST_POINTS = 2000
 
 
 def run_curves(
-    path: str | os.PathLike | io.BytesIO, records: Sequence[dict], held_out: Sequence[tuple[int, float, float]] = (),
+    path: str | os.PathLike, records: Sequence[dict], held_out: Sequence[tuple[int, float, float]] = (),
 ) -> None:
     """Draw a run so far and write a PNG, whole or not at all: losses, and below them learning rate, gradient norm and tokens
     a second.
 
     Args:
-        path: the file, for instance ``loss.png``, or where its bytes go.
+        path: the file, for instance ``loss.png``.
         records: lines of the log: step, counted from 1, loss (nats per supervised token), learning_rate, grad_norm,
             tokens_per_second.
         held_out: (step, loss, standard error) after that many steps; 0 is before training.
     """
+    figure = _drawn(records, held_out)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _drawn(records: Sequence[dict], held_out: Sequence[tuple[int, float, float]]):
+    """The figure of :func:`run_curves`."""
     # The figure's own canvas, not pyplot: no display, no global state, no backend chosen for the caller.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -46,14 +54,18 @@ def run_curves(
         _style(axes, label)
         axes.ticklabel_format(axis="y", scilimits=(-3, 5))
     below[-1].set_xlabel("optimiser step")
-    with contextlib.nullcontext(path) if isinstance(path, io.BytesIO) else atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png")
+    return figure
+
+
+@functools.cache
+def _warm_up() -> None:
+    _drawn([{"step": 1, "loss": 1.0}], ()).savefig(io.BytesIO(), format="png")
 
 
 @contextlib.contextmanager
 def warmed_up() -> Iterator[None]:
-    """Import what draws and find its fonts meanwhile: seconds at the first picture of all, which a run would stand still for."""
-    thread = threading.Thread(target=lambda: run_curves(io.BytesIO(), [{"step": 1, "loss": 1.0}]), name="fastlora-plot")
+    """Import what draws and find its fonts meanwhile: seconds at the first picture of a process, which a run would stand still for."""
+    thread = threading.Thread(target=_warm_up, name="fastlora-plot")
     thread.start()
     try:
         yield

@@ -18,7 +18,7 @@ from torch import nn
 
 from fastlora import checkpoint, guards, packing, rundir
 from fastlora.config import LoraConfig
-from fastlora.digest import PREFIX, Fingerprint, adapter_tensors
+from fastlora.digest import PREFIX, adapter_tensors
 from fastlora.errors import InputError
 from fastlora.exact import check_all, discard, lora_modules
 from fastlora.inject import injection
@@ -167,7 +167,7 @@ def _steps(trainer: Trainer, records: dict[int, dict], step: int, notes: tuple[s
         trainer.compute()
         record = records.get(trainer.done)
         if different is None and record is not None:
-            whole, codes = Fingerprint(adapter_tensors(trainer.model)).and_codes()
+            whole, codes = trainer.fingerprint.and_codes()
             if whole != record["fingerprint"]:
                 different, tensors = trainer.done, _odd(trainer.model, record.get("codes"), codes)
     return Replay(step, start, different, tensors, sequences, notes)

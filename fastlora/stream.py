@@ -68,6 +68,14 @@ def _document_tiles(padded: int, rows: int) -> tuple[tuple[int, int], ...]:
     return tuple((low, min(low + rows, padded)) for low in range(0, padded, rows))
 
 
+def by_rows(values: np.ndarray, spans: tuple[tuple[int, int], ...], rows: int = 1) -> torch.Tensor:
+    """``values`` of documents [documents, ...], each again for every ``rows`` rows of its document: [T / rows, ...], on the host.
+
+    By numpy: torch wakes all its threads for a table this small, which takes milliseconds of every step on many cores.
+    """
+    return torch.from_numpy(np.repeat(values, [(stop - start) // rows for start, stop in spans], axis=0))
+
+
 @dataclass(frozen=True)
 class Stream:
     """A 1-D stream of documents, each padded to a multiple of ``alignment`` tokens.
@@ -153,10 +161,9 @@ class Stream:
     def _on(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
         name = str(device)
         if name not in self._device_cache:
-            # By numpy: torch wakes all its threads for tables this small, which takes milliseconds of every step on many cores.
-            starts, stops = np.array(self.spans, dtype=np.int64).reshape(-1, 2).T
-            positions = torch.from_numpy(np.arange(self.total) - np.repeat(starts, stops - starts))
-            samples = torch.from_numpy(np.repeat(np.array(self.sample_ids, dtype=np.int64), stops - starts))
+            starts = by_rows(np.array([start for start, _ in self.spans], np.int64), self.spans)
+            positions = torch.arange(self.total) - starts
+            samples = by_rows(np.array(self.sample_ids, np.int64), self.spans)
             keys = splitmix64_words(splitmix64_words(samples) + positions)
             self._device_cache[name] = (positions.to(device), keys.to(device))
         return self._device_cache[name]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fastlora.encode import RowError
-from fastlora.stream import Stream
+from fastlora.stream import Stream, by_rows
 
 FIELD = "weight"
 # Far from what fixed point holds of a gradient at either end; rows that matter less are better left out.
@@ -59,8 +59,7 @@ class _WeighGradient(torch.autograd.Function):
 
 def by_row(stream: Stream, weights: Sequence[float], device: torch.device) -> torch.Tensor:
     """fp32 [T]: the weight of each row's document."""
-    rows = np.repeat(np.array(weights, dtype=np.float32), [stop - start for start, stop in stream.spans])  # by numpy: see Stream
-    return torch.from_numpy(rows).to(device)
+    return by_rows(np.array(weights, np.float32), stream.spans).to(device)
 
 
 def weigh_gradient(hidden: torch.Tensor, stream: Stream, weights: Sequence[float]) -> torch.Tensor:

@@ -51,5 +51,5 @@ def chunks_of(rows: int, spans: tuple[tuple[int, int], ...] | None, device: torc
     starts = [row // UNIT for start, stop in spans for row in range(start, stop, longest)]
     units = -(-rows // UNIT)
     before = [bisect.bisect_left(starts, unit) for unit in range(units + 2)]
-    following = [(starts[place] if place < len(starts) else units) for place in before]
+    following = [starts[place] if place < len(starts) else units for place in before]
     return Chunks(rows, len(starts), torch.tensor([following, before], dtype=torch.int32).to(device))

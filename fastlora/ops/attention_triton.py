@@ -11,6 +11,7 @@ from fastlora.kernels.attention import attention_backward, attention_forward
 from fastlora.kernels.launch import arch_of
 from fastlora.kernels.tables import ATTENTION_BLOCK, ATTENTION_MAX_HEAD
 from fastlora.ops.attention_pieces import Rule
+from fastlora.stream import by_rows
 
 
 def fits_head(tensor: torch.Tensor, head: int) -> bool:
@@ -26,9 +27,7 @@ def fits(query: torch.Tensor, spans: tuple[tuple[int, int], ...], head: int) -> 
 @functools.lru_cache(maxsize=8)
 def document_edges(spans: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
     """int32 [2, T / 64]: first token and end of the document that each block of 64 tokens lies in."""
-    edges = np.array(spans, dtype=np.int32).reshape(-1, 2)  # by numpy: see Stream
-    edges = np.repeat(edges, (edges[:, 1] - edges[:, 0]) // ATTENTION_BLOCK, axis=0)
-    return torch.from_numpy(np.ascontiguousarray(edges.T)).to(device)
+    return by_rows(np.array(spans, np.int32).reshape(-1, 2), spans, ATTENTION_BLOCK).t().contiguous().to(device)
 
 
 class TritonAttention(torch.autograd.Function):

@@ -81,14 +81,13 @@ def supervised(labels: torch.Tensor, spans: tuple[tuple[int, int], ...]) -> Supe
         labels: integers [M], already shifted; -100 is ignored.
         spans: (start, stop) of each document.
     """
-    host = labels.detach().cpu().numpy()  # by numpy: see Stream
+    host = labels.detach().cpu().numpy()  # by numpy: see stream.by_rows
     rows = np.flatnonzero(host != IGNORED)
     chosen = host[rows].astype(np.int64)
     owner = np.searchsorted([stop for _, stop in spans], rows, side="right")
     counts = np.bincount(owner, minlength=len(spans)).tolist()
     smallest, largest = (int(chosen.min()), int(chosen.max())) if chosen.size else (0, -1)
-    found = (torch.from_numpy(part).to(labels.device) for part in (rows, chosen, owner))
-    return Supervised(*found, tuple(counts), smallest, largest)
+    return Supervised(*map(torch.from_numpy, (rows, chosen, owner)), tuple(counts), smallest, largest).to(labels.device)
 
 
 @dataclass
