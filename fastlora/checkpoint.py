@@ -60,41 +60,10 @@ class Taken:
     state: dict
 
 
-class Room:
-    """Host memory that checkpoints are copied into, one after the other.
-
-    Half a gigabyte for an 8B model at rank 16. Memory that is new is slow: the system hands it over in pages of 4 KB, each when it is
-    first written, while the GPU waits.
-
-    Args:
-        model: its adapter's size, three times (AdamW's two moments), is what is kept.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        elements = sum(t.numel() for t in adapter_tensors(model).values())
-        self._kept = torch.ones(3 * elements)  # written to here, not asked for alone
-        self._used = 0
-
-    def empty(self) -> None:
-        """Make place for the next checkpoint; what the last one held is gone."""
-        self._used = 0
-
-    def copied(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of ``tensor`` [any shape, dtype]: in the room, or beside it if it is not fp32 or there is no place left."""
-        end = self._used + tensor.numel()
-        if tensor.dtype != self._kept.dtype or end > self._kept.numel():
-            return tensor.detach().to("cpu", copy=True).contiguous()
-        copy = self._kept[self._used : end].view(tensor.shape)
-        self._used = end
-        return copy.copy_(tensor.detach())
-
-
-def take(step: int, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict, extra: dict, room: Room | None = None) -> Taken:
-    """Copy adapter, optimiser and position to the host: into ``room``, which what was taken before must not need any more."""
-    room = room or Room(model)
-    room.empty()
-    adapter = {n: room.copied(t) for n, t in sorted(adapter_tensors(model).items())}
-    tensors, scalars = _split(optimizer.state_dict(), room)
+def take(step: int, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict, extra: dict) -> Taken:
+    """Copy adapter, optimiser and position to the host."""
+    adapter = {n: _copied(t) for n, t in sorted(adapter_tensors(model).items())}
+    tensors, scalars = _split(optimizer.state_dict())
     state = {"layout": LAYOUT, "step": step, "identity": identity, "extra": extra, "optimizer": scalars}
     return Taken(step, adapter, tensors, copy.deepcopy(state))
 
@@ -130,6 +99,10 @@ def write(folder: str | os.PathLike, taken: Taken, keep: int = 2, best: int | No
         if best is None or old.name != _name(best):
             _remove(old)
     return final
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _name(step: int) -> str:
@@ -225,13 +198,13 @@ def _read(path: pathlib.Path) -> Checkpoint:
                       _join(tensors, state["optimizer"]))
 
 
-def _split(state: dict, room: Room) -> tuple[dict[str, torch.Tensor], dict]:
+def _split(state: dict) -> tuple[dict[str, torch.Tensor], dict]:
     """An optimiser's state_dict as named tensors and what JSON can hold."""
     tensors, numbers = {}, {}
     for index, entry in state["state"].items():
         for key, value in entry.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{key}"] = room.copied(value)
+                tensors[f"{index}.{key}"] = _copied(value)
             else:
                 numbers.setdefault(str(index), {})[key] = value
     return tensors, {"numbers": numbers, "param_groups": state["param_groups"]}

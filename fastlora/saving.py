@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from torch import nn
-
 from fastlora import adapter, checkpoint, rundir
 from fastlora.errors import TrainingError
 from fastlora.evaluate import best_point
@@ -17,23 +15,17 @@ from fastlora.files import atomic_write_text
 
 
 class Saver:
-    """Saves the state of one :class:`~fastlora.train.Trainer` of ``model``, one save at a time."""
+    """Saves the state of one :class:`~fastlora.train.Trainer`, one save at a time."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fastlora-saver")
         self._pending: Future | None = None
-        self._room = self._thread.submit(checkpoint.Room, model)
 
     def take(self, run) -> checkpoint.Taken:
-        """Copy adapter, optimiser and position of ``run``, the Trainer, to the host, once the last save is on disk.
-
-        Raises:
-            TrainingError: the save before this one failed.
-        """
-        self.wait()
+        """Copy adapter, optimiser and position of ``run``, the Trainer, to the host."""
         plain = {name: value and [list(value.losses), list(value.tokens)] for name, value in (("before", run.before), ("after", run.after))}
         extra = {"held_out": list(run.held_out), **plain, "versions": rundir.versions(), "underflow": run.optimizer.underflow_counts()}
-        return checkpoint.take(run.done, run.model, run.optimizer, run.identity, extra, self._room.result())
+        return checkpoint.take(run.done, run.model, run.optimizer, run.identity, extra)
 
     def save(self, run, taken: checkpoint.Taken | None = None) -> None:
         """Write checkpoint and adapter behind the caller's back: as they are now, or as they were ``taken``.
@@ -45,6 +37,7 @@ class Saver:
         files = adapter.to_write(run.model, taken.adapter, run.config.save_dtype)
         best = best_point(run.held_out)
         folders = [run.folder, run.folder / rundir.BEST] if best and best[0] == run.done else [run.folder]
+        self.wait()
         self._pending = self._thread.submit(_write, run.checkpoints, taken, run.config.keep_checkpoints, best and best[0], files, folders)
         run.due.saved()
 
