@@ -2,7 +2,8 @@
 
 The same model, rows and cut twice: as a bare step (forward, backward, exact sums and optimiser, as the step level times it) and in
 the trainer with its defaults, where a step is all that happens between two of its log lines, means over whole intervals between
-checkpoints. The bare step is timed twice; the ratio of the two is the control.
+checkpoints. The bare step is timed twice; the ratio of the two is the control. The time to the first step is from the loaded model to that
+step's end: reading the data, injection, the checks before it, and compilation as far as its cache is cold.
 """
 
 from __future__ import annotations
@@ -53,13 +54,13 @@ def measure(shape: Shape, device: str, dtype: torch.dtype, *, tokens: int, steps
             data=str(data), output=f"{folder}/run", steps=WARM + steps, batch_size=ROWS, micro_batch_tokens=tokens,
             checkpoint_every=every, learning_rate=systems.RATE,
         )  # fmt: skip
-        trainer = Trainer(
-            build(shape, device, dtype), tokenizer(words), config, LoraConfig(r=16, lora_alpha=16), console=Console(quiet=True)
-        )
+        model = build(shape, device, dtype)
+        begun = time.perf_counter()
+        trainer = Trainer(model, tokenizer(words), config, LoraConfig(r=16, lora_alpha=16), console=Console(quiet=True))
         ends = _timed(trainer)
         rows = list(trainer.batch_of(1))
         last = json.loads((pathlib.Path(folder) / "run" / "log.jsonl").read_text().splitlines()[-1])
-    del trainer
+    del trainer, model
     gc.collect()
     running = systems.adapted(systems.parse("fastlora", tokens=tokens), build(shape, device, dtype), device, rows)
     bare = interleaved({"bare": running.full_step}, device, base="bare", samples=samples)
@@ -69,6 +70,7 @@ def measure(shape: Shape, device: str, dtype: torch.dtype, *, tokens: int, steps
         "tokens": running.tokens, "padded_tokens": running.padded, "micro_batches": len(last["micro_batches"]),
         "steps": steps, "checkpoint_every": every,
         "trainer_ms": in_trainer, "trainer_median_ms": statistics.median(each), "trainer_steps_ms": each, "first_step": WARM + 1,
+        "seconds_to_first_step": ends[0] - begun,
         "bare": bare["bare"].as_dict(), "trainer_over_bare": in_trainer / bare["bare"].median, "control": control_dict(control(bare, "bare")),
     }  # fmt: skip
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from fastlora.train_config import TrainConfig
 
 # Seconds between pictures at least; and of a run's time at most one part in so many goes into drawing.
-PICTURE_SECONDS, PICTURE_PART = 30.0, 200
+PICTURE_SECONDS, PICTURE_PART = 30.0, 500
 
 
 class Due:

@@ -90,7 +90,7 @@ class Trainer:
                 self._say(left)
             self._resume()
             self._open(stack)
-            self.saver = Saver()
+            self.saver = Saver(self.model)
             stack.callback(self.saver.close)
             stack.enter_context(warmed_up())
             with Interrupt() as stop, Progress(self.console, self.total, self.done) as self.progress:

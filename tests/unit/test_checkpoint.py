@@ -47,6 +47,30 @@ def test_restore_goes_on_with_the_same_bytes(tmp_path):
     assert (found.step, found.identity, found.extra, found.notes) == (2, {"a": 1}, {"note": "x"}, ())
 
 
+def test_checkpoints_taken_into_one_room_hold_their_own_step_until_the_next(tmp_path):
+    model, optimizer = trained()
+    room, found = checkpoint.Room(model), []
+    for step in (2, 3):
+        taken = checkpoint.take(step, model, optimizer, {}, {}, room)
+        fresh = checkpoint.take(step, model, optimizer, {}, {})
+        kept, alone = taken.adapter | taken.optimizer, fresh.adapter | fresh.optimizer
+        assert kept.keys() == alone.keys() and all(torch.equal(kept[name], alone[name]) for name in alone)
+        found.append([tensor.data_ptr() for tensor in kept.values()])
+        checkpoint.write(tmp_path, taken)
+        assert digest(checkpoint.latest(tmp_path).adapter) == digest(model)
+        advance(model, optimizer, step)
+    assert found[0] == found[1] and len(set(found[0])) == len(found[0])
+
+
+def test_a_room_that_is_full_or_of_another_dtype_gives_memory_of_its_own():
+    room = checkpoint.Room(trained()[0])
+    tensors = [torch.randn(40), torch.randn(60), torch.randn(4).double(), torch.randn(6, 8).t()]
+    copies = [room.copied(tensor) for tensor in tensors]
+    assert all(torch.equal(one, other) and one.is_contiguous() for one, other in zip(copies, tensors))
+    assert copies[1].untyped_storage().nbytes() == 240
+    assert room.empty().copied(tensors[0]).data_ptr() == copies[0].data_ptr()
+
+
 def test_save_keeps_the_newest(tmp_path):
     model, optimizer = trained()
     for step in (1, 2, 3):
