@@ -1,36 +1,60 @@
-"""The compile gate's builds of the warp-specialised GEMM, which is Gluon and for sm_90 alone."""
+"""The compile gate's builds of the warp-specialised kernels, which are Gluon and for sm_90 alone."""
 
 from __future__ import annotations
 
 import torch
 
-from fastlora.kernels import gemm_specialized as file
-from fastlora.kernels import tables
+from fastlora.kernels import attention_specialized, attention_specialized_keys, gemm_specialized, hopper, tables
 
-OPERATIONS = ("gemm_specialized",)
+ATTENTION = {
+    "attention_forward_specialized": (attention_specialized, "forward_specialized_kernel"),
+    "attention_dq_specialized": (attention_specialized, "dq_specialized_kernel"),
+    "attention_dkv_specialized": (attention_specialized_keys, "dkv_specialized_kernel"),
+}
+OPERATIONS = ("gemm_specialized", *ATTENTION)
 
 
 def build_arguments(case, element: str):
     """(kernel, tile, signature, constants) as the library launches it; ``element``: pointers to the dtype."""
+    name = element.removeprefix("*")
+
+    def block(rows, columns):
+        return f"tensordesc<{name}[{rows}, {columns}],{hopper.layout_of(case.dtype, rows, columns)!r}>"
+
+    if case.operation in ATTENTION:
+        return _attention(case, element, block)
     n, k = (case.outer, case.inner) if case.transposed else (case.inner, case.outer)
     tile = tables.gemm_tile(case.arch, case.dtype, dropout=False, tma=True, specialized=True)
-    name = element.removeprefix("*")
-    signature = {
-        which: f"tensordesc<{name}[{rows}, {columns}],{file.layout_of(case.dtype, rows, columns)!r}>"
-        for which, (rows, columns) in file.blocks_of(tile, transposed=case.transposed).items()
-    }
+    signature = {which: block(*size) for which, size in gemm_specialized.blocks_of(tile, transposed=case.transposed).items()}
     signature |= {"p_bias": element, "M": "i32"}
     constants = dict(
         N=n, K=k, R=case.rank, TRANSPOSED=case.transposed, BIAS=case.dtype == torch.float16, BM=tile.bm, BN=tile.bn, BK=tile.bk,
         STAGES=tile.stages, GROUP=tile.group, PROGRAMS=132,
     )  # fmt: skip
-    return file.gemm_specialized_kernel, tile, signature, constants
+    return gemm_specialized.gemm_specialized_kernel, tile, signature, constants
+
+
+def _attention(case, element: str, block):
+    """``outer`` is the head width, 8 query heads over 2 key heads."""
+    file, kernel = ATTENTION[case.operation]
+    kernel, tile, head = getattr(file, kernel), tables.attention_specialized_tile(), case.outer
+    signature = dict.fromkeys(("d_q", "d_k", "d_v", "d_out", "d_do", "d_dq"), block(tile.bm, head))
+    signature |= {"p_lse": "*fp32", "p_delta": "*fp32", "p_edges": "*i32", "p_dk": element, "p_dv": element}
+    signature |= {"blocks": "i32", "total": "i32", "scale": "fp32"}
+    constants = dict(
+        HEADS=8, KEY_HEADS=2, GROUPS=4, D=head, B=tile.bm, STAGES=tile.stages, PROGRAMS=132, DK_T=2 * head, DV_T=2 * head,
+    )  # fmt: skip
+    return kernel, tile, *({k: v for k, v in some.items() if k in kernel.arg_names} for some in (signature, constants))
 
 
 def all_cases(make) -> list:
-    """Both directions at the ranks of the other kernels, an edge, two steps of K, and fp16 with a bias; ``make`` is the gate's Case."""
+    """The GEMM in both directions at the ranks of the other kernels, an edge, two steps of K, and fp16 with a bias; attention at its head
+    widths; ``make`` is the gate's Case."""
     cases = [make("gemm_specialized", "sm_90", rank=rank, transposed=side) for rank in (16, 64, 256) for side in (True, False)]
-    return cases + [
+    cases += [
         make("gemm_specialized", "sm_90", outer=1000, inner=1160), make("gemm_specialized", "sm_90", rank=64, inner=128),
         make("gemm_specialized", "sm_90", torch.float16),
     ]  # fmt: skip
+    heads = attention_specialized.HEADS_WIDE
+    cases += [make(op, "sm_90", outer=head, inner=0) for op in ATTENTION for head in heads]
+    return cases + [make(op, "sm_90", torch.float16, outer=heads[-1], inner=0) for op in ATTENTION]

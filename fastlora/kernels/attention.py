@@ -1,7 +1,7 @@
 """Causal attention inside tile-aligned documents: forward, and backward in two passes without atomics.
 
 A document starts at a multiple of the block, so a block of queries (or keys) belongs to one document and a program walks only
-that document's blocks, in order from its start. Bits depend on the document alone: neither on its place in the stream, nor
+that document's blocks: the one on the diagonal, then the others in order from the document's start (or, keys, to its end). Bits depend on the document alone: neither on its place in the stream, nor
 on its neighbours, nor on the stream's length. dK and dV are summed over a group's query heads by one program in the order of heads,
 dQ by another program over keys.
 
@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels import launch
+from fastlora.kernels import attention_specialized, attention_specialized_keys, launch
 from fastlora.kernels.tables import attention_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -36,16 +36,17 @@ def masked_scores(
     if SOFTCAP:
         # tanh(x) = 2 sigmoid(2 x) - 1
         b_t = 2.0 * tl.sigmoid(2.0 * (b_s * scale) / softcap) - 1.0
-        b_s = (softcap * LOG2E) * b_t
+        b_s = softcap * b_t
         b_slope = 1.0 - b_t * b_t
-    else:
-        b_s = b_s * (scale * LOG2E)
     if MASK:
         m_s = o_q >= o_k
         if WINDOW:
             m_s = m_s & (o_q - o_k < window)
         b_s = tl.where(m_s, b_s, float("-inf"))
-    return b_s, b_slope
+    # last, so that the compiler may join it with what is subtracted before the exponential
+    if SOFTCAP:
+        return b_s * LOG2E, b_slope
+    return b_s * (scale * LOG2E), b_slope
 
 
 @triton.jit
@@ -155,18 +156,18 @@ def attention_forward_kernel(
     b_max = tl.full((BQ,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BQ,), tl.float32)
     b_acc = tl.zeros((BQ, BE), tl.float32)
+    for i_k in range(i_q * BQ, i_q * BQ + BQ, BK):
+        b_max, b_sum, b_acc = forward_step(
+            b_q, p_k, p_v, i_k, o_q, b_max, b_sum, b_acc, scale, window, softcap, K_T, V_T, D, E, True, WINDOW, SOFTCAP,
+            PRECISION, BD, BE, BK,
+        )
     # below the diagonal block nothing is masked, unless a window hides what lies far back
     for i_k in range(first, i_q * BQ, BK):
         b_max, b_sum, b_acc = forward_step(
             b_q, p_k, p_v, i_k, o_q, b_max, b_sum, b_acc, scale, window, softcap, K_T, V_T, D, E, WINDOW, WINDOW, SOFTCAP,
             PRECISION, BD, BE, BK,
         )
-    for i_k in range(i_q * BQ, i_q * BQ + BQ, BK):
-        b_max, b_sum, b_acc = forward_step(
-            b_q, p_k, p_v, i_k, o_q, b_max, b_sum, b_acc, scale, window, softcap, K_T, V_T, D, E, True, WINDOW, SOFTCAP,
-            PRECISION, BD, BE, BK,
-        )
-    store_rows(p_out + i_h * O_H, o_q, O_T, b_acc / b_sum[:, None], E, BE)
+    store_rows(p_out + i_h * O_H, o_q, O_T, b_acc * (1.0 / b_sum)[:, None], E, BE)
     tl.store(p_lse + i_h * T + o_q, b_max + tl.log2(b_sum))
 
 
@@ -205,14 +206,14 @@ def attention_dq_kernel(
     p_k += i_h // GROUPS * K_H
     p_v += i_h // GROUPS * V_H
     b_dq = tl.zeros((BQ, BD), tl.float32)
-    for i_k in range(first, i_q * BQ, BK):
-        b_dq = dq_step(
-            b_q, b_dout, b_lse, b_delta, p_k, p_v, i_k, o_q, b_dq, scale, window, softcap, K_T, V_T, D, E, WINDOW, WINDOW,
-            SOFTCAP, PRECISION, BD, BE, BK,
-        )
     for i_k in range(i_q * BQ, i_q * BQ + BQ, BK):
         b_dq = dq_step(
             b_q, b_dout, b_lse, b_delta, p_k, p_v, i_k, o_q, b_dq, scale, window, softcap, K_T, V_T, D, E, True, WINDOW,
+            SOFTCAP, PRECISION, BD, BE, BK,
+        )
+    for i_k in range(first, i_q * BQ, BK):
+        b_dq = dq_step(
+            b_q, b_dout, b_lse, b_delta, p_k, p_v, i_k, o_q, b_dq, scale, window, softcap, K_T, V_T, D, E, WINDOW, WINDOW,
             SOFTCAP, PRECISION, BD, BE, BK,
         )
     store_rows(p_dq + i_h * DQ_H, o_q, DQ_T, b_dq * scale, D, BD)
@@ -290,7 +291,7 @@ def attention_forward(q, k, v, edges, scale, window=None, softcap=None):
 
     Args:
         q: [Hq, T, D]; k: [Hk, T, D]; v: [Hk, T, E]; one dtype, any strides; Hk divides Hq; T a multiple of the block.
-        edges: int32 [2, T / 64]: first token and end of the document of each block of 64 tokens.
+        edges: int32 [4, T / 64]: see ops/attention_triton.py.
         scale, window, softcap: see ops/attention.py.
     """
     q, k, v = _rows(q), _rows(k), _rows(v)
@@ -299,9 +300,11 @@ def attention_forward(q, k, v, edges, scale, window=None, softcap=None):
     lse = torch.empty(heads, tokens, device=q.device, dtype=torch.float32)
     if tokens == 0:
         return out, lse
+    view = out.transpose(0, 1)
+    if attention_specialized.serves(q, k, v, window, softcap) and attention_specialized.forward(q, k, v, view, lse, edges, scale):
+        return out, lse
     tile = _tile(q, v, "forward")
     constants, scalars = _rule(q, v, k, window, softcap)
-    view = out.transpose(0, 1)
     launch.run(
         attention_forward_kernel, (tokens // tile.bm, heads), tile,
         q, k, v, out, lse, edges[0], tokens, float(scale), *scalars,
@@ -330,11 +333,15 @@ def attention_backward(dout, q, k, v, out, lse, edges, scale, window=None, softc
         **_strides("O", view), **_strides("DO", dout), E=v.shape[2], BE=constants["BE"], BQ=tile.bm,
     )
     read = {**_strides("Q", q), **_strides("K", k), **_strides("V", v), **_strides("DO", dout)}
-    launch.run(
-        attention_dq_kernel, (tokens // tile.bm, heads), tile,
-        q, k, v, dout, lse, delta, dq, edges[0], tokens, float(scale), *scalars,
-        **read, **_strides("DQ", dq), **constants, BQ=tile.bm, BK=tile.bn,
-    )
+    specialized = attention_specialized.serves(q, k, v, window, softcap, dout)
+    if not (specialized and attention_specialized.backward_dq(dout, q, k, v, lse, delta, dq, edges, scale)):
+        launch.run(
+            attention_dq_kernel, (tokens // tile.bm, heads), tile,
+            q, k, v, dout, lse, delta, dq, edges[0], tokens, float(scale), *scalars,
+            **read, **_strides("DQ", dq), **constants, BQ=tile.bm, BK=tile.bn,
+        )
+    if specialized and attention_specialized_keys.backward_dkv(dout, q, k, v, lse, delta, dk, dv, edges, scale):
+        return dq, dk, dv
     tile = _tile(q, v, "dkv")
     launch.run(
         attention_dkv_kernel, (tokens // tile.bn, k.shape[0]), tile,

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels import gemm_specialized, launch
+from fastlora.kernels import gemm_specialized, hopper, launch
 from fastlora.kernels.tile import grouped_tile, keep_mask
 
 
@@ -189,7 +189,7 @@ def gemm(x, weight, s=None, b=None, bias=None, *, transposed, dropout=None, colu
     drop = launch.dropout_arguments(dropout, x)
     tma = launch.can_use_tma(arch, x.dtype, inner, outer)
     ragged = launch.is_ragged(x.dtype, inner, outer)
-    specialized = tma and not drop.active and gemm_specialized.usable(arch)
+    specialized = tma and not drop.active and hopper.usable(arch, gemm_specialized.NAME)
     tile = launch.gemm_tile(arch, x.dtype, dropout=drop.active, tma=tma, ragged=ragged, specialized=specialized)
     # without dropout the projections' products are one product; with it each has its own mask, and padding columns are left out
     count = len(dropout.seeds) if drop.active else 1

@@ -3,45 +3,34 @@
 The product, tile and order of sums are those of ``gemm.gemm_tma_kernel``, so are the bits; what differs is who waits for whom. There,
 all warps of a program leave a finished tile together, and the tensor cores rest meanwhile. Here a warp of its own fills a ring of
 STAGES blocks by bulk copies (TMA) and never stops between tiles, and each warpgroup multiplies, rounds and stores its 64 rows by itself.
-The rank-r product is one more block of the ring. Source: the warp-specialised persistent kernels of CUTLASS 3 (NVIDIA), here
-in Gluon, Triton's lower level. Gluon is experimental: where the installed Triton has none, or compiles it no longer, :func:`usable`
-says so and the portable kernel runs, with the same bits.
+The rank-r product is one more block of the ring. Source: the warp-specialised persistent kernels of CUTLASS 3 (NVIDIA), here in Gluon
+(see hopper.py).
 """
 
 from __future__ import annotations
 
-import warnings
-
-import torch
-from triton.compiler.errors import CompilationError
-
 from fastlora.kernels import launch
+from fastlora.kernels.hopper import (
+    MISSING,
+    attempt,
+    copy_in,
+    copy_out,
+    describe,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        fence_async_shared,
-        mbarrier,
-        tma,
-        warpgroup_mma,
-        warpgroup_mma_wait,
-    )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    MISSING = None
-except ImportError as error:
-    MISSING = str(error)
-
+NAME = "GEMM"
 # Parts in which a warpgroup stores its columns: two buffers of a quarter are all the shared memory that four stages leave.
 PARTS = 4
 
 
 if MISSING is None:
-
-    # Both were renamed after Triton 3.8.
-    copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-    copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
     @gluon.jit
     def tile_at(tile, num_m, num_n, GROUP: gl.constexpr):
@@ -189,16 +178,6 @@ if MISSING is None:
         )  # fmt: skip
 
 
-def layout_of(dtype: torch.dtype, rows: int, columns: int):
-    """Swizzled shared memory for a block of [rows, columns]."""
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
-
-
-def _describe(example: torch.Tensor, shape: list[int], strides: list[int], block: list[int]):
-    """Gluon's tensor descriptor, for :func:`fastlora.kernels.launch.descriptor`."""
-    return TensorDescriptor(example, shape, strides, block, layout_of(example.dtype, *block))
-
-
 def blocks_of(tile, *, transposed: bool) -> dict[str, tuple[int, int]]:
     """The block [rows, columns] of each descriptor of the kernel."""
 
@@ -206,38 +185,19 @@ def blocks_of(tile, *, transposed: bool) -> dict[str, tuple[int, int]]:
     return {"d_x": x, "d_w": w, "d_s": x, "d_b": w, "d_y": (tile.bm // 2, tile.bn // PARTS)}
 
 
-_refused: dict[str, str] = {}
-
-
-def usable(arch: str) -> bool:
-    """Whether this kernel serves the architecture and has not been found to fail with the installed Triton."""
-    return arch == "sm_90" and MISSING is None and not _refused
-
-
 def run(x, weight, s, b, bias, out, tile, *, transposed: bool) -> bool:
-    """out [M, N] = x W' + s b' + bias, arguments as :func:`fastlora.kernels.gemm.gemm` prepares them.
-
-    False, with a warning, once in a process: the installed Triton does not compile the kernel. The portable one gives the same bits.
-    """
+    """out [M, N] = x W' + s b' + bias, arguments as :func:`fastlora.kernels.gemm.gemm` prepares them; False: see ``hopper.attempt``."""
     rows, inner = x.shape
     outer = out.shape[1]
     rank = 0 if s is None else s.shape[1]
     tensors = {"d_x": x, "d_w": weight, "d_s": x if s is None else s, "d_b": weight if b is None else b, "d_y": out}
     blocks = blocks_of(tile, transposed=transposed)
-    made = {name: launch.descriptor(tensors[name], *block, make=_describe) for name, block in blocks.items()}
+    made = {name: launch.descriptor(tensors[name], *block, make=describe) for name, block in blocks.items()}
     programs = launch.persistent_programs(x.device)
     tiles = launch.cdiv(rows, tile.bm) * launch.cdiv(outer, tile.bn)
-    try:
-        launch.run(
-            gemm_specialized_kernel, (min(programs, tiles),), tile,
-            made["d_x"], made["d_w"], made["d_s"], made["d_b"], x if bias is None else bias, made["d_y"], rows,
-            N=outer, K=inner, R=rank, TRANSPOSED=transposed, BIAS=bias is not None,
-            BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group, PROGRAMS=programs,
-        )  # fmt: skip
-    except (CompilationError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PassManager" not in str(error):
-            raise
-        told = _refused["sm_90"] = " ".join(str(error).split())[:300]
-        warnings.warn(f"the warp-specialised GEMM does not compile with this Triton ({told}); the portable kernel runs", stacklevel=2)
-        return False
-    return True
+    return attempt(NAME, lambda: launch.run(
+        gemm_specialized_kernel, (min(programs, tiles),), tile,
+        made["d_x"], made["d_w"], made["d_s"], made["d_b"], x if bias is None else bias, made["d_y"], rows,
+        N=outer, K=inner, R=rank, TRANSPOSED=transposed, BIAS=bias is not None,
+        BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group, PROGRAMS=programs,
+    ))  # fmt: skip

@@ -87,11 +87,12 @@ def _checked(make, dtype: torch.dtype, width: int, rows: int, columns: int) -> t
 
 
 def descriptor(tensor: torch.Tensor, rows: int, columns: int, make=TensorDescriptor):
-    """Descriptor of a contiguous, 16-byte aligned 2-D tensor for blocks of [rows, columns]; ``make`` makes one (Gluon has its own)."""
+    """Descriptor of a 2-D tensor for blocks of [rows, columns]; ``make`` makes one (Gluon has its own). Its start and its rows, of adjacent
+    elements, lie at multiples of 16 bytes."""
     height, width = tensor.shape
     kind, fields = _checked(make, tensor.dtype, width, rows, columns)
     made = object.__new__(kind)
-    made.__dict__.update(fields, base=tensor, shape=[height, width])
+    made.__dict__.update(fields, base=tensor, shape=[height, width], strides=[tensor.stride(0), 1])
     return made
 
 
@@ -134,7 +135,7 @@ def run(kernel, grid: tuple[int, ...], tile: Tile, *arguments, **constants) -> N
     first = arguments[0]
     tensor = first if isinstance(first, torch.Tensor) else first.base
     index = tensor.device.index
-    key = (kernel, index, tile, *[a.dtype for a in arguments if a.__class__ is torch.Tensor], *constants.values())
+    key = (kernel, index, tile, tensor.dtype, *[a.dtype for a in arguments if a.__class__ is torch.Tensor], *constants.values())
     known = _binaries.get(key)
     if known is not None and torch.cuda.current_device() == index:
         compiled, ordered = known

@@ -184,5 +184,14 @@ def attention_tile(arch: str, dtype: torch.dtype, head: int, *, of: str) -> Tile
     return Tile(rows, columns, warps=warps, stages=stages)
 
 
+# A block of 64 queries and one of 64 keys for each of two warpgroups; those of the first one are counted here.
+_ATTENTION_SPECIALIZED = Tile(ATTENTION_BLOCK, ATTENTION_BLOCK, warps=4, stages=3)
+
+
+def attention_specialized_tile() -> Tile:
+    """Tile of the warp-specialised kernels of attention, all three."""
+    return _ATTENTION_SPECIALIZED
+
+
 # Elements of one program of the optimiser; each of its float64 operations is rounded by itself, as torch rounds them.
 ADAMW_TILE = Tile(2048, warps=8, stages=1, fusion=False)

@@ -88,7 +88,7 @@ class Plan:
 
 @dataclasses.dataclass
 class Place:
-    """Where a call takes place: the stream, document edges (int32 [2, T / 64]), chunks of the token sums, RoPE's cos and sin [T, rotary]."""
+    """Where a call takes place: the stream, document edges (see ops/attention_triton.py), chunks of the token sums, RoPE's cos and sin [T, rotary]."""
 
     stream: Stream
     edges: torch.Tensor
