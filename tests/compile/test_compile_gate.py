@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 
-from bench import gate_attention, gate_rows, gate_table
+from bench import gate_attention, gate_rows, gate_specialized, gate_table
 from bench.compile_gate import Case, all_cases, allowed_spills, compile_case
 from fastlora.kernels import tables
 from fastlora.kernels.launch import TMA_MIN_INNER
@@ -45,6 +45,7 @@ CHOSEN += [
     Case("gemm", "sm_90", outer=6144, count=3), Case("da", "sm_90", outer=6144, count=3), Case("db_ds", "sm_89", outer=6144, count=3),
 ]  # fmt: skip
 CHOSEN += [Case("gemm_specialized", "sm_90", transposed=side) for side in (True, False)]
+CHOSEN += [Case(operation, "sm_90", outer=128, inner=0) for operation in gate_specialized.ATTENTION]
 CHOSEN += [*ROWS, Case("norm_backward", "sm_89", torch.float32, outer=16384, inner=0)]
 
 
@@ -59,10 +60,14 @@ def test_kernel_fits_and_does_not_spill(case):
         assert report.wgmma > 0, "no warp-group matrix instruction"
         if case.inner % 8 == 0 and case.inner >= TMA_MIN_INNER:
             assert report.tma > 0, "no bulk tensor copy"
+    if case.operation in gate_specialized.ATTENTION:
+        assert report.wgmma > 0 and report.tma > 0, "no warp-group matrix instruction, or no bulk tensor copy"
 
 
-def test_the_specialised_gemm_moves_registers_to_the_warps_that_multiply():
-    compiled, _ = compile_case(Case("gemm_specialized", "sm_90"))
+@pytest.mark.parametrize("operation", gate_specialized.OPERATIONS)
+def test_the_specialised_kernels_move_registers_to_the_warps_that_multiply(operation):
+    case = Case(operation, "sm_90") if operation == "gemm_specialized" else Case(operation, "sm_90", outer=128, inner=0)
+    compiled, _ = compile_case(case)
     given = set(re.findall(r"setmaxnreg\.(?:inc|dec)\.sync\.aligned\.u32\s+(\d+)", compiled.asm["ptx"]))
     assert {"240", "24"} <= given
 

@@ -1,0 +1,141 @@
+"""Where the installed Triton does not compile a warp-specialised kernel: said once, and the portable kernel takes over."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from triton.compiler.errors import CompilationError
+
+from fastlora.kernels import attention_specialized, attention_specialized_keys, gemm_specialized, hopper, launch, tables
+
+if hopper.MISSING is not None:
+    pytest.skip(f"this Triton has no Gluon: {hopper.MISSING}", allow_module_level=True)
+
+TILE = tables.gemm_tile("sm_90", torch.bfloat16, dropout=False, tma=True, specialized=True)
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """run() on tensors of the host, whose launch does what is asked."""
+    monkeypatch.setattr(hopper, "_refused", {})
+    x, weight, out = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((32, 128), (64, 128), (32, 64)))
+
+    def run(launched):
+        monkeypatch.setattr(launch, "run", launched)
+        return gemm_specialized.run(x, weight, None, None, None, out, TILE, transposed=True)
+
+    return run
+
+
+def test_a_kernel_that_does_not_compile_is_said_once_and_not_tried_again(call):
+    def broken(*arguments, **constants):
+        raise CompilationError("async_load", None, "no such thing")
+
+    assert hopper.usable("sm_90", "GEMM") and not hopper.usable("sm_100", "GEMM")
+    with pytest.warns(UserWarning, match="GEMM does not compile with this Triton.*the portable kernel runs"):
+        assert call(broken) is False
+    assert not hopper.usable("sm_90", "GEMM") and hopper.usable("sm_90", "attention")
+
+
+def test_a_failed_pass_of_the_compiler_counts_as_not_compiling(call):
+    def broken(*arguments, **constants):
+        raise RuntimeError("PassManager::run failed")
+
+    with pytest.warns(UserWarning, match="PassManager"):
+        assert call(broken) is False
+
+
+def test_any_other_error_of_a_launch_is_not_swallowed(call):
+    def broken(*arguments, **constants):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        call(broken)
+    assert hopper.usable("sm_90", "GEMM")
+
+
+def test_blocks_are_what_the_kernel_was_written_for(call):
+    seen = {}
+
+    def launched(kernel, grid, tile, *arguments, **constants):
+        seen.update(
+            kernel=kernel,
+            grid=grid,
+            blocks=[list(a.block_shape) for a in arguments if hasattr(a, "block_shape")],
+            **constants,
+        )
+
+    assert call(launched) is True
+    assert seen["kernel"] is gemm_specialized.gemm_specialized_kernel and seen["grid"] == (1,)
+    assert seen["blocks"] == [[64, 64], [256, 64], [64, 64], [256, 64], [64, 64]]
+    assert (seen["N"], seen["K"], seen["R"], seen["STAGES"], seen["BIAS"]) == (64, 128, 0, 4, False)
+
+
+HEADS, KEY_HEADS, TOKENS, WIDTH = 4, 2, 192, 64
+
+
+def heads_of_one_buffer(*counts, tokens=TOKENS, width=WIDTH):
+    """[H, T, D] views of the columns of one buffer, as a fused layer holds queries, keys and values."""
+    buffer, views, at = torch.zeros(tokens, sum(counts) * width, dtype=torch.bfloat16), [], 0
+    for count in counts:
+        views.append(buffer[:, at : at + count * width].view(tokens, count, width).transpose(0, 1))
+        at += count * width
+    return views
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    monkeypatch.setattr(hopper, "_refused", {})
+    monkeypatch.setattr(launch, "arch_of", lambda tensor: "sm_90")
+
+
+@pytest.mark.parametrize(
+    "counts, width, window, softcap, served",
+    [
+        ((4, 2, 2), 64, None, None, True), ((8, 1, 1), 128, None, None, True), ((3, 1, 1), 64, None, None, False),
+        ((2, 2, 2), 64, None, None, False), ((4, 2, 2), 32, None, None, False), ((4, 2, 2), 64, 100, None, False),
+        ((4, 2, 2), 64, None, 5.0, False),
+    ],
+)  # fmt: skip
+def test_which_attention_the_specialised_kernels_serve(on_hopper, counts, width, window, softcap, served):
+    q, k, v = heads_of_one_buffer(*counts, width=width)
+    assert attention_specialized.serves(q, k, v, window, softcap) is served
+    assert not attention_specialized.serves(q.float(), k.float(), v.float(), window, softcap)
+    # heads that do not lie beside each other
+    assert not attention_specialized.serves(q, k, v, window, softcap, torch.zeros_like(q).contiguous())
+
+
+def test_attention_that_does_not_compile_runs_on_the_portable_kernels(on_hopper, monkeypatch):
+    q, k, v = heads_of_one_buffer(HEADS, KEY_HEADS, KEY_HEADS)
+
+    def broken(*arguments, **constants):
+        raise CompilationError("async_load", None, "no such thing")
+
+    monkeypatch.setattr(launch, "run", broken)
+    edges, lse = torch.zeros(4, TOKENS // 64, dtype=torch.int32), torch.zeros(HEADS, TOKENS)
+    with pytest.warns(UserWarning, match="attention does not compile"):
+        assert attention_specialized.forward(q, k, v, torch.zeros_like(q), lse, edges, 0.125) is False
+    assert not attention_specialized.serves(q, k, v, None, None)
+
+
+def test_attention_is_launched_with_what_its_kernels_were_written_for(on_hopper, monkeypatch):
+    seen = []
+    monkeypatch.setattr(launch, "run", lambda kernel, grid, tile, *arguments, **constants: seen.append((grid, arguments, constants)))
+    q, k, v = heads_of_one_buffer(HEADS, KEY_HEADS, KEY_HEADS)
+    dq, dk, dv = heads_of_one_buffer(HEADS, KEY_HEADS, KEY_HEADS)
+    dout, (lse, delta) = heads_of_one_buffer(HEADS)[0], torch.zeros(2, HEADS, TOKENS)
+    edges = torch.zeros(4, TOKENS // 64, dtype=torch.int32)
+    assert attention_specialized.forward(q, k, v, dout, lse, edges, 0.125)
+    assert attention_specialized.backward_dq(dout, q, k, v, lse, delta, dq, edges, 0.125)
+    assert attention_specialized_keys.backward_dkv(dout, q, k, v, lse, delta, dk, dv, edges, 0.125)
+    # 3 blocks of queries for 2 pairs of heads on a grid of 3; 3 blocks of keys in 2 pairs for 2 key heads
+    assert [grid for grid, _, _ in seen] == [(3,), (3,), (4,)]
+    rows = (HEADS + 2 * KEY_HEADS) * WIDTH
+    for _, arguments, constants in seen:
+        made = [a for a in arguments if hasattr(a, "block_shape")]
+        assert all(list(a.block_shape) == [64, WIDTH] and list(a.strides) in ([rows, 1], [HEADS * WIDTH, 1]) for a in made)
+        assert made[0].base.data_ptr() == q.data_ptr() and made[1].base.data_ptr() == k.data_ptr()
+        assert (constants["GROUPS"], constants["D"], constants["B"], constants["STAGES"]) == (2, WIDTH, 64, 3)
+    assert (seen[2][2]["DK_T"], seen[2][2]["DV_T"]) == (rows, rows)
