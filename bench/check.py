@@ -29,7 +29,7 @@ from fastlora.ops.dropout import module_key
 from fastlora.setup import Objective
 from verify.claims.accuracy import OUTPUTS, bounds_of
 from verify.judge import judge
-from verify.oracle.philox import keep_mask
+from verify.oracle.philox import keep_mask, rate
 from verify.subject import EXACT, GRAD, LinearInputs
 from verify.subjects import FastloraLinear
 
@@ -113,7 +113,7 @@ class PlainLora(nn.Module):
         """x [..., K] -> [..., N]."""
         dropped = x
         if self.mask is not None:
-            dropped = torch.where(self.mask, x * (1.0 / (1.0 - self.dropout)), 0.0)
+            dropped = torch.where(self.mask, x * (1.0 / (1.0 - rate(self.dropout))), 0.0)
         low = nn.functional.linear(dropped, self.a) * self.scaling
         return nn.functional.linear(x, self.weight) + nn.functional.linear(low, self.b)
 

@@ -155,8 +155,6 @@ SPILLS_ALLOWED = {
     # addresses, read before and after the walk: dK and dV leave no register free (bytes with Triton 3.6: 32, measured at 0.59 ms for 32 heads
     # of 128 and 8,192 tokens, H200; 3.8: 40; 3.9, which holds addresses in each thread: 192, some read in the walk)
     ("attention_dkv_specialized", "sm_90", 128): 192,
-    # query, key and value under dropout with Triton 3.9 (3.6: none): two words in the epilogue, after the walk over K
-    ("gemm", "sm_90", 6144): 8,
 }
 
 

@@ -86,7 +86,8 @@ class LoraConfig:
     Attributes:
         r: rank, 1 to 256.
         lora_alpha: positive number; None (the default) means ``r``, so that s = 1.
-        lora_dropout: probability in [0, 1) of leaving an input feature out of the adapter's path.
+        lora_dropout: probability of leaving an input feature out of the adapter's path: 0, or from
+            2^-16 to 1 - 2^-16; it is rounded to a multiple of 2^-16.
         use_rslora: scale by 1 / sqrt(r) instead of 1 / r.
         target_modules: None (the model family's projections: for most the seven), a list of module
             names or path endings, one regular expression that must match a whole path, or
@@ -137,10 +138,9 @@ class LoraConfig:
         if self.lora_alpha is None:
             object.__setattr__(self, "lora_alpha", self.r)
         _check_alpha("lora_alpha", self.lora_alpha)
-        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
-            raise _wrong(
-                "lora_dropout", self.lora_dropout, "a probability from 0 up to, not including, 1"
-            )
+        p = self.lora_dropout
+        if not _is_number(p) or not (p == 0 or 2**-16 <= p <= 1 - 2**-16):
+            raise _wrong("lora_dropout", p, "a probability: 0, or from 2^-16 to 1 - 2^-16")
         _check_bool("use_rslora", self.use_rslora)
         if self.bias != "none":
             raise _wrong("bias", self.bias, '"none" (trained biases are not supported)')

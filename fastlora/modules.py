@@ -68,7 +68,7 @@ class LoraLinear(nn.Linear):
     Attributes:
         weight [N, K], bias [N] or None: the base layer's parameters. lora_A.weight [r, K],
         lora_B.weight [N, r]: fp32. scaling: float, alpha / r or alpha / sqrt(r). lora_dropout:
-        float in [0, 1); acts in training mode only. path: the module's path in the model; names the
+        float, as in LoraConfig; acts in training mode only. path: the module's path in the model; names the
         module in errors and seeds its dropout. exact, sums: set by ``fastlora.exact``: gradients of
         A and B go into the integer sums instead of ``.grad``. merged: the weight already holds the
         adapter (see ``fastlora.merge``), forward is the plain linear layer.

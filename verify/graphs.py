@@ -24,6 +24,7 @@ from verify.bounds import (
     where,
 )
 from verify.oracle.adamw import Hyper
+from verify.oracle.philox import rate
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def lora_linear(
     acc = rules.accumulator
     x, weight, dy = exact(x), exact(weight), exact(dy)
     a, b = (exact(t if rules.adapter is None else t.to(rules.adapter)) for t in (a, b))
-    factor = 1.0 / (1.0 - p)
+    factor = 1.0 / (1.0 - rate(p))
     dropped = x if keep is None else store(where(keep, times(x, factor)), rules.dropped)
 
     s = store(accumulate([(dropped, a.T)], [], acc), rules.unscaled)

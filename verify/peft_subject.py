@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from verify.graphs import Roundings
+from verify.oracle.philox import rate
 from verify.plain import TorchAdamW
 from verify.simple import FunctionLinear
 from verify.subject import GRAD, BadSubject, LinearInputs, LinearResult, Subject
@@ -64,7 +65,7 @@ def _layer(inputs: LinearInputs) -> nn.Module:
     if inputs.bias is not None:
         base.bias = nn.Parameter(inputs.bias.detach(), requires_grad=False)
     config = peft.LoraConfig(
-        r=inputs.rank, lora_alpha=inputs.alpha, use_rslora=inputs.rslora, lora_dropout=inputs.dropout, target_modules=["proj"]
+        r=inputs.rank, lora_alpha=inputs.alpha, use_rslora=inputs.rslora, lora_dropout=rate(inputs.dropout), target_modules=["proj"]
     )
     model = peft.get_peft_model(nn.Sequential(OrderedDict(proj=base)), config).train()
     layer = model.base_model.model.proj

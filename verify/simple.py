@@ -15,7 +15,7 @@ import torch
 from verify.graphs import Roundings
 from verify.oracle.adamw import Hyper
 from verify.oracle.linear import scale_of
-from verify.oracle.philox import keep_mask
+from verify.oracle.philox import keep_mask, rate
 from verify.subject import DOCUMENT, GRAD, Documents, LinearInputs, LinearResult, Operation, Packed, SplitResult
 
 
@@ -24,7 +24,8 @@ class FunctionLinear:
 
     Args:
         forward: ``forward(x, weight, a, b, scale, bias)`` gives y [M, N] from x [M, K], weight [N, K], a [r, K], b [N, r],
-            a number, and bias [N] or None. With ``dropout`` True it also gets ``keep`` (bool [M, K], or None) and p.
+            a number, and bias [N] or None. With ``dropout`` True it also gets ``keep`` (bool [M, K], or None) and p,
+            a multiple of 2^-16.
         dtypes: working dtypes to try.
         roundings: where it rounds, for a working dtype; by default every intermediate is in the working dtype.
         cast: whether A and B (fp32) are cast to the working dtype before the call.
@@ -60,7 +61,7 @@ class FunctionLinear:
         if self.dropout:
             if inputs.dropout:
                 keep = keep_mask(inputs.seed, inputs.tokens, x.shape[1], inputs.dropout)
-            more = (None if keep is None else keep.to(x.device), inputs.dropout)
+            more = (None if keep is None else keep.to(x.device), rate(inputs.dropout))
         scale = scale_of(inputs.alpha, inputs.rank, inputs.rslora)
         y = self.forward(x, inputs.weight, a, b, scale, inputs.bias, *more)
         dx, da, db = torch.autograd.grad(y, (x, a, b), inputs.dy)
@@ -74,7 +75,7 @@ class FunctionLinear:
             x = torch.cat(part.x)
             if part.dropout and not self.dropout:
                 keep = keep_mask(part.seed, tokens, x.shape[1], part.dropout).to(x.device)
-                x = torch.where(keep, x / (1 - part.dropout), 0.0).to(x.dtype)
+                x = torch.where(keep, x / (1 - rate(part.dropout)), 0.0).to(x.dtype)
             inputs = LinearInputs(
                 x, part.weight, part.a, part.b, None, torch.cat(part.dy), part.alpha, False, part.dropout,
                 tokens, part.seed,

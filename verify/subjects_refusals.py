@@ -63,6 +63,8 @@ def _linear(device: str) -> Iterator[Refusal]:
         ("bias", "bias", made(6).requires_grad_()),
         ("dropout", "dropout", 1.0),
         ("dropout", "dropout", -0.1),
+        ("dropout", "dropout", 2**-18),
+        ("dropout", "dropout", 1 - 2**-18),
         ("dropout", "dropout", NAN),
         ("key", "key", None),
     ], "lora_linear")  # fmt: skip
@@ -113,7 +115,7 @@ def _configurations() -> Iterator[Refusal]:
     values = {
         "r": (0, 257, -1, 2.5, True, None, "8"),
         "lora_alpha": (0, -1.0, NAN, float("inf"), "16"),
-        "lora_dropout": (1.0, -0.1, NAN, "0"),
+        "lora_dropout": (1.0, -0.1, 2**-18, 1 - 2**-18, NAN, "0"),
         "use_rslora": (1, "yes"),
         "bias": ("all", "lora_only", None),
         "modules_to_save": (["lm_head"],),

@@ -16,14 +16,14 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels import gemm_specialized, hopper, launch
-from fastlora.kernels.tile import grouped_tile, keep_mask
+from fastlora.kernels.tile import grouped_tile, keep_mask_of_product
 
 
 @triton.jit
 def low_rank_dropout(b_low, p_token, o_m, M, i_n, seed, threshold, keep_scale, BM: tl.constexpr, BN: tl.constexpr):
     """D'(dS A): the backward of dropout, on the fp32 rank-r product."""
     b_token = tl.load(p_token + o_m, mask=o_m < M, other=0)
-    b_keep = keep_mask(b_token, i_n, seed, threshold, BM, BN)
+    b_keep = keep_mask_of_product(b_token, i_n, seed, threshold, BM, BN)
     return tl.where(b_keep, b_low * keep_scale, 0.0)
 
 

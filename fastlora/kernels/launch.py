@@ -98,9 +98,14 @@ def descriptor(tensor: torch.Tensor, rows: int, columns: int, make=TensorDescrip
 
 @dataclasses.dataclass(frozen=True)
 class Dropout:
-    """Dropout of the projections of one input: probability, a 63-bit seed (run, step and module) each, one int64 key a token [M]."""
+    """Dropout of the projections of one input: a 63-bit seed (run, step and module) each, one int64 key a token [M].
 
-    p: float
+    ``threshold`` and ``keep_scale`` are those of :func:`fastlora.ops.dropout.threshold` and ``keep_scale``: which of 2^16 values are
+    dropped, and what a kept element is multiplied by.
+    """
+
+    threshold: int
+    keep_scale: float
     seeds: tuple[int, ...]
     tokens: torch.Tensor
 
@@ -118,7 +123,8 @@ def dropout_arguments(dropout: Dropout | None, filler: torch.Tensor) -> _Dropout
     if dropout is None:
         return _DropoutArguments(False, filler, (0, 0, 0), 0, 1.0)
     seeds = (*dropout.seeds, 0, 0)[:3]
-    return _DropoutArguments(True, dropout.tokens, seeds, int(dropout.p * 2**32), 1.0 / (1.0 - dropout.p))
+    # in the upper half of a word: see keep_mask in tile.py
+    return _DropoutArguments(True, dropout.tokens, seeds, dropout.threshold << 16, dropout.keep_scale)
 
 
 _binaries: dict[tuple, tuple] = {}

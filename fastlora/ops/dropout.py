@@ -1,10 +1,13 @@
 """Dropout without a state: a mask from a counter, the same on every device and for every split.
 
-    counter = (token low, token high, feature // 4, 0)
-    word    = Philox4x32-10(key = seed, counter)[feature % 4]
-    keep    = word >= floor(p * 2^32)          D(x) = x * keep / (1 - p)
+    counter = (token low, token high, feature // 8, 0)
+    word    = Philox4x32-10(key = seed, counter)[(feature % 8) // 2]
+    half    = word & 0xFFFF for an even feature, word >> 16 for an odd one
+    t       = round(p * 2^16)
+    keep    = half >= t                        D(x) = x * keep * (2^16 / (2^16 - t))
 
-The Triton kernels draw the same words, bit for bit. The token's counter names its sample and
+So p is rounded to a multiple of 2^-16, and D keeps the mean of that one exactly. The Triton kernels
+draw the same words, bit for bit. The token's counter names its sample and
 position (``Stream.token_keys``), the seed mixes run, step and module (:func:`module_key`), so a
 mask depends neither on the split nor on the order of injection.
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
@@ -12,6 +15,7 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 
@@ -25,6 +29,10 @@ _LOW = 0xFFFFFFFF
 _MULTIPLY = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+# Probabilities are multiples of 1 / STEPS.
+STEPS = 1 << 16
+SMALLEST = 1.0 / STEPS
+ALLOWED = "0, or from 2^-16 to 1 - 2^-16 (it is rounded to a multiple of 2^-16)"
 
 
 @dataclass(frozen=True)
@@ -52,10 +60,28 @@ def module_key(seed: int, step: int, module_path: str) -> int:
     return splitmix64(mixed ^ path) >> 1
 
 
+def threshold(p: float) -> int:
+    """t = round(p * 2^16): an element whose 16 bits are below it is dropped.
+
+    Raises:
+        InputError: ``p`` is neither 0 nor in [2^-16, 1 - 2^-16].
+    """
+    if p == 0.0:
+        return 0
+    if not SMALLEST <= p <= 1.0 - SMALLEST:
+        raise InputError(f"dropout is {p}; allowed: {ALLOWED}")
+    return round(p * STEPS)
+
+
+@functools.lru_cache(maxsize=64)
+def keep_scale(p: float) -> float:
+    """2^16 / (2^16 - t) rounded to fp32: what a kept element is multiplied by."""
+    return float(np.float32(STEPS / (STEPS - threshold(p))))
+
+
 def check_probability(p: float) -> None:
-    """Raise InputError unless 0 <= p < 1."""
-    if not 0.0 <= p < 1.0:
-        raise InputError(f"dropout is {p}; it must be at least 0 and below 1")
+    """Raise InputError unless p is 0 or in [2^-16, 1 - 2^-16]."""
+    threshold(p)
 
 
 def philox(key: tuple[int, int], counter: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -84,24 +110,21 @@ def keep_mask(key: DropoutKey, features: int, p: float) -> torch.Tensor:
     """bool [M, features]: True where the element is kept.
 
     Raises:
-        InputError: ``p`` is not in [0, 1).
+        InputError: ``p`` is not allowed, see :func:`threshold`.
     """
-    check_probability(p)
+    least = threshold(p)
     tokens = key.tokens
     if p == 0.0:
         return torch.ones(tokens.shape[0], features, dtype=torch.bool, device=tokens.device)
-    groups = torch.arange(-(-features // 4), device=tokens.device).unsqueeze(0)
+    groups = torch.arange(-(-features // 8), device=tokens.device).unsqueeze(0)
     low, high = (tokens & _LOW).unsqueeze(1), ((tokens >> 32) & _LOW).unsqueeze(1)
     seed = (key.seed & _LOW, key.seed >> 32 & _LOW)
     words = philox(seed, (low, high, groups, torch.zeros_like(groups)))
-    threshold = int(p * 2.0**32)
-    kept = torch.stack([word >= threshold for word in torch.broadcast_tensors(*words)], dim=-1)
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    kept = torch.stack([half >= least for half in torch.broadcast_tensors(*halves)], dim=-1)
     return kept.reshape(tokens.shape[0], -1)[:, :features]
 
 
 def apply(x: torch.Tensor, keep: torch.Tensor, p: float) -> torch.Tensor:
-    """D(x) = x * keep / (1 - p): one fp32 multiplication by float32(1 / (1 - p)), rounded once to
-    ``x.dtype``.
-    """
-    factor = float(np.float32(1.0 / (1.0 - p)))
-    return torch.where(keep, x.float() * factor, 0.0).to(x.dtype)
+    """D(x): one fp32 multiplication by :func:`keep_scale`, rounded once to ``x.dtype``."""
+    return torch.where(keep, x.float() * keep_scale(p), 0.0).to(x.dtype)

@@ -182,7 +182,7 @@ def lora_linear(x, weight, a, b, scale, bias=None, *, dropout=0.0, key=None, sum
         weight: [N, K] in x's dtype, frozen. bias: [N] or None, frozen.
         a: [r, K]; b: [N, r]; fp32 masters or x's dtype; rounded to x's dtype for the products. r from 1 to 256.
         scale: alpha / r (LoRA) or alpha / sqrt(r) (rsLoRA).
-        dropout: probability in [0, 1) of D, applied to x on the LoRA branch alone (PEFT's meaning).
+        dropout: probability of D (0, or from 2^-16 to 1 - 2^-16), applied to x on the LoRA branch alone (PEFT's meaning).
         key: :class:`fastlora.DropoutKey` with M token keys (M the product of x's leading sizes); needed with dropout.
         sums: None: gradients of a and b go to ``.grad``. A pair (sum of dA, sum of dB) of
             :class:`fastlora.exact.TokenSum` (or of :class:`fastlora.token_sum.SumSlice`): the backward adds exact sums to

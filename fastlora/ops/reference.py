@@ -93,7 +93,7 @@ def add_low_rank_dx(
     if keep is None:
         dx.addmm_(ds, a)
     else:
-        dx += torch.where(keep, torch.mm(ds, a) * (1.0 / (1.0 - p)), 0.0)
+        dx += torch.where(keep, torch.mm(ds, a) * dropout_op.keep_scale(p), 0.0)
 
 
 def forward_ref(
@@ -112,7 +112,7 @@ def forward_ref(
     once.
 
     Raises:
-        InputError: dropout out of [0, 1), or without a key of M tokens.
+        InputError: dropout not allowed, or without a key of M tokens.
     """
     rows, dtype = x.shape[0], x.dtype
     _check_key(dropout, key, rows)
@@ -165,7 +165,7 @@ def backward_ref(
     and dA, dB are None; otherwise they are the fp32 sums of the partials in tile order.
 
     Raises:
-        InputError: dropout out of [0, 1), or without a key of M tokens.
+        InputError: dropout not allowed, or without a key of M tokens.
     """
     rows, dtype = x.shape[0], x.dtype
     _check_key(dropout, key, rows)

@@ -16,6 +16,7 @@ from fastlora.kernels.launch import Dropout, padded_rank
 from fastlora.kernels.project import project
 from fastlora.kernels.tables import DS_IN_TOKEN_SUM_MAX_RANK
 from fastlora.kernels.token_sum import Sink, sum_a, sum_b
+from fastlora.ops.dropout import keep_scale, threshold
 
 
 def kernel_ready(tensor: torch.Tensor) -> torch.Tensor:
@@ -28,7 +29,7 @@ def kernel_ready(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _dropout(p: float, key) -> Dropout | None:
-    return None if p == 0.0 else Dropout(p, (key.seed,), kernel_ready(key.tokens))
+    return None if p == 0.0 else Dropout(threshold(p), keep_scale(p), (key.seed,), kernel_ready(key.tokens))
 
 
 def padded_a(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -106,6 +106,15 @@ def test_keep_mask_keeps_the_promised_share_and_is_a_function_of_its_key():
     assert not torch.equal(mask, oracle.keep_mask(6, tokens, 100, p))
 
 
+def test_keep_mask_compares_half_a_word_a_feature():
+    token, seed, p = (7 << 32) + 3, (5 << 32) + 11, 0.3
+    words = philox4x32(np.array([[3, 7, group, 0] for group in range(2)], dtype=np.uint64), (11, 5))
+    numbers = [int(w) >> shift & 0xFFFF for group in words for w in group for shift in (0, 16)]
+    mask = oracle.keep_mask(seed, torch.tensor([token]), 13, p)
+    assert mask[0].tolist() == [number >= 19661 for number in numbers[:13]]
+    assert oracle.rate(p) == 19661 / 65536
+
+
 def test_md5_of_tensor_sees_dtype_shape_and_the_sign_of_zero():
     zero = torch.zeros(6)
     others = (-zero, zero.reshape(2, 3), zero.to(torch.int32), zero[:5])

@@ -89,7 +89,7 @@ def truth(
     x = h
     if dropout:
         keep = dropout_op.keep_mask(dropout_op.DropoutKey(SEED, p.tokens), h.shape[1], dropout)
-        x = torch.where(keep, h / (1 - dropout), 0.0)
+        x = torch.where(keep, h / (1 - round(dropout * 65536) / 65536), 0.0)
     z = h @ w.t() + SCALE * (x @ a.t()) @ b.t()
     z = logit_scale * (softcap * torch.tanh(z / softcap) if softcap else z)
     kept = p.labels != -100

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from fastlora.errors import InputError
 from fastlora.ops import dropout
 from fastlora.ops.dropout import DropoutKey
+from verify import oracle
 
 ONES = 0xFFFFFFFF
 # Known answers of Philox4x32-10 from the Random123 distribution (kat_vectors).
@@ -31,22 +33,44 @@ def test_philox_known_answers(key, counter, words):
     assert tuple(int(word) for word in found) == words
 
 
-def _words(seed, token, features):
+def _halves(seed, token, features):
     """The rule written out one element at a time."""
-    words = []
+    halves = []
     for feature in range(features):
-        counter = (token & ONES, token >> 32 & ONES, feature // 4, 0)
+        counter = (token & ONES, token >> 32 & ONES, feature // 8, 0)
         found = dropout.philox((seed & ONES, seed >> 32), tuple(torch.tensor([c]) for c in counter))
-        words.append(int(found[feature % 4]))
-    return words
+        word = int(found[feature % 8 // 2])
+        halves.append(word & 0xFFFF if feature % 2 == 0 else word >> 16)
+    return halves
 
 
-@pytest.mark.parametrize("features", [1, 3, 4, 10])
-def test_keep_mask_follows_the_rule(features):
-    seed, tokens, p = (1 << 62) + 12345, [0, 5, -1, -(1 << 63), (1 << 40) + 3], 0.3
+@pytest.mark.parametrize("features", [1, 3, 8, 10, 17])
+@pytest.mark.parametrize("p", [2**-16, 0.1, 0.3, 1 - 2**-16])
+def test_keep_mask_follows_the_rule(features, p):
+    seed, tokens = (1 << 62) + 12345, [0, 5, -1, -(1 << 63), (1 << 40) + 3]
     mask = dropout.keep_mask(DropoutKey(seed, torch.tensor(tokens)), features, p)
-    wanted = [[word >= math.floor(p * 2**32) for word in _words(seed, t, features)] for t in tokens]
+    wanted = [[half >= round(p * 2**16) for half in _halves(seed, t, features)] for t in tokens]
     assert mask.tolist() == wanted
+
+
+@pytest.mark.parametrize("features", [1, 7, 8, 100])
+def test_keep_mask_is_the_oracles(features):
+    tokens = torch.randint(-(2**62), 2**62, (50,), generator=torch.Generator().manual_seed(0))
+    for p in (2**-16, 0.1, 0.5, 1 - 2**-16):
+        found = dropout.keep_mask(DropoutKey(2**62 + 9, tokens), features, p)
+        assert torch.equal(found, oracle.keep_mask(2**62 + 9, tokens, features, p))
+
+
+@pytest.mark.parametrize("p", [2**-16, 0.05, 0.1, 0.3, 0.5, 0.9, 1 - 2**-16])
+def test_scale_keeps_the_mean_of_the_rounded_probability(p):
+    kept = 1 - Fraction(dropout.threshold(p), 2**16)
+    assert abs(Fraction(dropout.threshold(p), 2**16) - Fraction(p)) <= Fraction(1, 2**17)
+    assert dropout.keep_scale(p) == np.float32(float(1 / kept))
+    assert oracle.rate(p) == float(1 - kept)
+
+
+def test_no_probability_means_no_dropout():
+    assert (dropout.threshold(0.0), dropout.keep_scale(0.0)) == (0, 1.0)
 
 
 def test_keep_mask_rows_depend_on_their_token_alone():
@@ -70,9 +94,9 @@ def test_keep_mask_zero_keeps_all():
     assert dropout.keep_mask(DropoutKey(1, torch.arange(4)), 9, 0.0).all()
 
 
-@pytest.mark.parametrize("p", [-0.1, 1.0, float("nan")])
+@pytest.mark.parametrize("p", [-0.1, 1.0, 2**-18, 1 - 2**-18, float("nan")])
 def test_keep_mask_refuses_probability(p):
-    with pytest.raises(InputError, match="dropout"):
+    with pytest.raises(InputError, match="dropout is .*2.-16 to 1 - 2.-16"):
         dropout.keep_mask(DropoutKey(1, torch.arange(4)), 8, p)
 
 
@@ -80,7 +104,7 @@ def test_keep_mask_refuses_probability(p):
 def test_apply_is_one_fp32_product_rounded_once(dtype):
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
     keep = dropout.keep_mask(DropoutKey(1, torch.arange(5)), 8, 0.3)
-    factor = np.float32(1.0 / (1.0 - 0.3))
+    factor = np.float32(65536 / (65536 - 19661))
     wanted = torch.from_numpy(x.float().numpy() * factor) * keep
     assert torch.equal(dropout.apply(x, keep, 0.3), wanted.to(dtype))
 

@@ -3,7 +3,7 @@
 from verify.oracle.adamw import AdamWOracle, Hyper
 from verify.oracle.digest import md5_of_tensor, md5_of_tensors
 from verify.oracle.linear import LinearGradients, lora_linear_backward, lora_linear_forward
-from verify.oracle.philox import keep_mask
+from verify.oracle.philox import keep_mask, rate
 
 __all__ = [
     "AdamWOracle",
@@ -14,4 +14,5 @@ __all__ = [
     "lora_linear_forward",
     "md5_of_tensor",
     "md5_of_tensors",
+    "rate",
 ]

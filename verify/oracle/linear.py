@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from verify.oracle.philox import rate
+
 
 @dataclass(frozen=True)
 class LinearGradients:
@@ -33,9 +35,9 @@ def scale_of(alpha: float, rank: int, rslora: bool) -> float:
 
 
 def drop(x: torch.Tensor, keep: torch.Tensor | None, p: float) -> torch.Tensor:
-    """D(x) = x keep / (1 - p) in float64; ``keep`` is bool of x's shape, None for no dropout."""
+    """D(x) = x keep / (1 - rate(p)) in float64; ``keep`` is bool of x's shape, None for no dropout."""
     x = x.double()
-    return x if keep is None else torch.where(keep, x / (1.0 - p), torch.zeros_like(x))
+    return x if keep is None else torch.where(keep, x / (1.0 - rate(p)), torch.zeros_like(x))
 
 
 def lora_linear_forward(x, weight, a, b, scale, bias=None, *, keep=None, p=0.0) -> torch.Tensor:

@@ -6,8 +6,6 @@ known-answer vectors of its Random123 distribution are in ``tests/meta/test_orac
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 
@@ -36,15 +34,22 @@ def philox4x32(counter: np.ndarray, key: tuple[int, int], rounds: int = 10) -> n
 def keep_mask(seed: int, tokens: torch.Tensor, features: int, p: float) -> torch.Tensor:
     """The mask [M, features] (bool, True = kept) for a 63-bit seed and int64 token keys [M].
 
-    Key: the low and the high word of the seed. Counter: (token low, token high, feature // 4, 0).
-    Feature f is kept if output word f % 4 is at least floor(p 2^32).
+    Key: the low and the high word of the seed. Counter: (token low, token high, feature // 8, 0).
+    The four output words are eight numbers of 16 bits, each word's low half first. Feature f is
+    kept if number f % 8 is at least 2^16 times :func:`rate`.
     """
     keys = tokens.detach().cpu().numpy().astype(np.int64).view(np.uint64)
-    groups = (features + 3) // 4
+    groups = (features + 7) // 8
     counter = np.zeros((keys.size, groups, 4), dtype=np.uint64)
     counter[..., 0] = (keys & _LOW)[:, None]
     counter[..., 1] = (keys >> _HALF)[:, None]
     counter[..., 2] = np.arange(groups, dtype=np.uint64)[None, :]
     words = philox4x32(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
-    kept = words.reshape(keys.size, groups * 4)[:, :features] >= np.uint64(math.floor(p * 2**32))
-    return torch.from_numpy(np.ascontiguousarray(kept))
+    # little-endian: the low half of a word lies first
+    numbers = words.astype("<u4").view("<u2").reshape(keys.size, groups * 8)[:, :features]
+    return torch.from_numpy(np.ascontiguousarray(numbers.astype(np.float64) >= 65536 * rate(p)))
+
+
+def rate(p: float) -> float:
+    """The probability that is meant by ``p``: the nearest multiple of 2^-16, ties to the even one."""
+    return round(p * 65536) / 65536

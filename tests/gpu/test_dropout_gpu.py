@@ -1,0 +1,15 @@
+"""The kernels' dropout masks on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import dropout_cases
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("product", [False, True])
+@pytest.mark.parametrize("block", [16, 64])
+def test_masks_are_those_of_the_reference(product, block):
+    dropout_cases.check("cuda", product=product, block=block)
