@@ -27,8 +27,8 @@ from fastlora.ops import decoder_layer as layer_file
 PATH = FOLDER / "layer.json"
 TOKENS = 128
 # Llama's layer, one with norms of heads and four norms, and one with norms over all heads and after the blocks alone: the kinds the
-# families are made of.
-KINDS = ("llama", "gemma3_text", "olmo2")
+# families are made of. Checkpointed ones run again in the backward, as far as it reads.
+KINDS = ("llama", "gemma3_text", "olmo2", "llama checkpointed", "gemma3_text checkpointed")
 
 
 def tiny(kind: str) -> nn.Module:
@@ -56,10 +56,11 @@ def kept_bytes(kept) -> int:
 
 
 def measure(kind: str) -> dict:
-    """Launches of one exact step through one layer, and bytes kept for each token."""
-    model, counts, kept = tiny(kind), collections.Counter(), []
+    """Launches of one exact step through one layer, and bytes kept for each token (none but h when ``kind`` is a checkpointed one)."""
+    family, _, checkpointed = kind.partition(" ")
+    model, counts, kept = tiny(family), collections.Counter(), []
     with backend.use("triton"):
-        fused = fuse(model)
+        fused = fuse(model, checkpoint_every=int(bool(checkpointed)))
     if fused.refused:
         raise RuntimeError(f"{kind}: {fused.refused[0][1]}")
     plain_run, plain_forward = launch.run, layer_file._forward
@@ -86,12 +87,12 @@ def measure(kind: str) -> dict:
         launch.run, layer_file._forward = plain_run, plain_forward
     discard(model)
     fused.undo()
-    return {
+    found = {
         "forward": dict(sorted(forwards.items())),
         "backward": dict(sorted(counts.items())),
         "launches": sum(forwards.values()) + sum(counts.values()),
-        "kept_bytes_a_token": kept[0] // TOKENS,
     }
+    return found if checkpointed else found | {"kept_bytes_a_token": kept[0] // TOKENS}
 
 
 def differences(found: dict, table: dict) -> list[str]:

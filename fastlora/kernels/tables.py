@@ -175,6 +175,8 @@ def attention_tile(arch: str, dtype: torch.dtype, head: int, *, of: str) -> Tile
     if head <= 64 and arch == "gfx942" and of == "dkv":
         step = 32
     stages = 1 if dtype == torch.float32 or head > 128 or (small and head > 64) else 2
+    if of == "dq" and dtype != torch.float32 and (arch in ("sm_86", "sm_89") and 64 < head <= 128 or arch == "sm_100" and head > 128):
+        stages = 2  # with one, the second walk's block is held in registers beside the sum, and they spill
     if arch == "sm_90" and dtype != torch.float32:
         # wide heads: with one stage the compiler holds a whole step in registers and spills
         stages = 3 if of == "forward" and head <= 128 else 1 if of == "forward" else 2

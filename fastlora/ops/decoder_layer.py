@@ -181,7 +181,8 @@ def _attention_part(plan: Plan, h: torch.Tensor, place: Place, drops, kept: _Sav
     return y
 
 
-def _forward(plan: Plan, h: torch.Tensor, place: Place, drops) -> tuple[torch.Tensor, _Saved]:
+def _up_to_down(plan: Plan, h: torch.Tensor, place: Place, drops) -> tuple[torch.Tensor, _Saved]:
+    """(what the down projection takes, what the layer has kept until there)."""
     kept = _Saved()
     kept.h = h
     y = _attention_part(plan, h, place, drops, kept)
@@ -193,15 +194,29 @@ def _forward(plan: Plan, h: torch.Tensor, place: Place, drops) -> tuple[torch.Te
         kept.rstd2 = None
     del y
     kept.gate_up, s_gate_up = plan.gate_up.forward(x2, drops[2])
-    hidden = glu_forward(kept.gate_up, plan.activation)
-    z, s_down = plan.down.forward(hidden, drops[3])
-    kept.s += [s_gate_up, s_down]
+    kept.s.append(s_gate_up)
     kept.y2 = kept.rstd_y2 = None
+    return glu_forward(kept.gate_up, plan.activation), kept
+
+
+def _forward(plan: Plan, h: torch.Tensor, place: Place, drops) -> tuple[torch.Tensor, _Saved]:
+    hidden, kept = _up_to_down(plan, h, place, drops)
+    z, s_down = plan.down.forward(hidden, drops[3])
+    kept.s.append(s_down)
     if plan.after_mlp is not None:
         norm = plan.after_mlp
         kept.y2 = z
         z, kept.rstd_y2, _ = norm_forward(z, norm.weight, norm.eps, norm.style)
     return torch.add(kept.h1, z, alpha=plan.residual), kept
+
+
+def _again(plan: Plan, h: torch.Tensor, place: Place, drops) -> _Saved:
+    """What :func:`_forward` kept. The layer's own output is not needed, and without a norm after it neither is the last product."""
+    if plan.after_mlp is not None:
+        return _forward(plan, h, place, drops)[1]
+    hidden, kept = _up_to_down(plan, h, place, drops)
+    kept.s.append(plan.down.low(hidden, drops[3]))
+    return kept
 
 
 def _scaled(plan: Plan, gradient: torch.Tensor) -> torch.Tensor:
@@ -279,7 +294,7 @@ class _DecoderLayer(torch.autograd.Function):
         if not all(group.unchanged() for group in plan.groups):
             raise TrainingError("the adapter changed between a forward and its backward")
         if plan.checkpoint:
-            _, kept = _forward(plan, kept.h, place, ctx.drops)
+            kept = _again(plan, kept.h, place, ctx.drops)
         dout = dout.contiguous()
         dh1, of_mlp = _mlp_backward(plan, dout, place, ctx.drops, kept)
         dh, of_attention = _attention_backward(plan, dh1, place, ctx.drops, kept, ctx.needs_input_grad[0])

@@ -181,12 +181,14 @@ class Projections:
         p = first.lora_dropout
         return Dropout(threshold(p), keep_scale(p), seeds, stream.token_keys(device))
 
+    def low(self, x: torch.Tensor, dropout: Dropout | None) -> torch.Tensor | None:
+        """x [M, K] -> s [M, columns], or None without an adapter."""
+        return project(x, self.a, self.layout, dropout) if self.adapted else None
+
     def forward(self, x: torch.Tensor, dropout: Dropout | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x [M, K] -> (y [M, N], s [M, columns] or None without an adapter)."""
-        if not self.adapted:
-            return gemm(x, self.weight, bias=self.bias, transposed=True), None
-        s = project(x, self.a, self.layout, dropout)
-        return gemm(x, self.weight, s, self.b, self.bias, transposed=True), s
+        """x [M, K] -> (y [M, N], s as of :meth:`low`)."""
+        s = self.low(x, dropout)
+        return gemm(x, self.weight, s, self.b if self.adapted else None, self.bias, transposed=True), s
 
     def backward(
         self, dy: torch.Tensor, s: torch.Tensor | None, dropout: Dropout | None, chunks: Chunks, needs_dx: bool = True

@@ -48,7 +48,7 @@ def used(monkeypatch):
     for module, name in (
         (attention_specialized, "forward"), (attention_specialized, "backward_dq"), (attention_specialized_keys, "backward_dkv"),
     ):  # fmt: skip
-        def spy(*arguments, call=getattr(module, name), name=name):
+        def spy(*arguments, call=getattr(module, name), name=name):  # noqa: B008
             seen.append((name, call(*arguments)))
             return seen[-1][1]
 
