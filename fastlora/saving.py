@@ -11,9 +11,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from torch import nn
 
 from fastlora import adapter, checkpoint, rundir
+from fastlora.digest import digest
 from fastlora.errors import TrainingError
 from fastlora.evaluate import best_point
 from fastlora.files import atomic_write_text
+from fastlora.log import RunLog
 
 
 class Saver:
@@ -21,6 +23,7 @@ class Saver:
 
     def __init__(self, model: nn.Module) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fastlora-saver")
+        self._logged: Future | None = None
         self._pending: Future | None = None
         self._room = self._thread.submit(checkpoint.Room, model)
 
@@ -35,15 +38,31 @@ class Saver:
         extra = {"held_out": list(run.held_out), **plain, "versions": rundir.versions(), "underflow": run.optimizer.underflow_counts()}
         return checkpoint.take(run.done, run.model, run.optimizer, run.identity, extra, self._room.result())
 
-    def save(self, run, taken: checkpoint.Taken | None = None) -> None:
-        """Write checkpoint and adapter behind the caller's back: as they are now, or as they were ``taken``."""
-        taken = self.take(run) if taken is None else taken
+    def save(self, run, record: dict | None = None) -> None:
+        """Copy checkpoint and adapter as they are now, and write them behind the caller's back.
+
+        Args:
+            record: the step's line of the log, which gets the adapter's digest and is written before the checkpoint.
+        """
+        taken = self.take(run)
         best = best_point(run.held_out)
         folders = [run.folder, run.folder / rundir.BEST] if best and best[0] == run.done else [run.folder]
         config = run.config
+        if record is not None:
+            self._logged = self._thread.submit(_log, run.log, record, taken.adapter)
         self._pending = self._thread.submit(
-            _write, run.model, run.checkpoints, taken, config.keep_checkpoints, best and best[0], config.save_dtype, folders)
+            _write, self._logged, run.model, run.checkpoints, taken, config.keep_checkpoints, best and best[0], config.save_dtype, folders)
         run.due.saved()
+
+    def logged(self) -> None:
+        """Until the log has the line of the last save.
+
+        Raises:
+            TrainingError: it could not be written.
+        """
+        logged, self._logged = self._logged, None
+        if logged is not None:
+            logged.result()
 
     def check(self) -> None:
         """Raise what a save that has ended meanwhile failed with."""
@@ -56,6 +75,7 @@ class Saver:
         Raises:
             TrainingError: it failed, or the adapter holds a value that is not finite; what stood on disk before it stands there still.
         """
+        self.logged()
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -68,7 +88,13 @@ class Saver:
             self._thread.shutdown()
 
 
-def _write(model, checkpoints, taken, keep, best, dtype, folders) -> None:
+def _log(log: RunLog, record: dict, tensors: dict) -> None:
+    log.append({**record, "digest": digest(tensors)})
+
+
+def _write(logged, model, checkpoints, taken, keep, best, dtype, folders) -> None:
+    if logged is not None:
+        logged.result()  # no checkpoint of a step that the log does not have
     files = adapter.to_write(model, taken.adapter, dtype)
     checkpoint.write(checkpoints, taken, keep, best)
     for folder in folders:

@@ -267,17 +267,16 @@ class Trainer:
             self._evaluate()
             record["eval_loss"] = self.held_out[-1][1]
             due = due or (best_point(self.held_out)[0] == step < self.total)
-        taken = self.saver.take(self) if due else None
-        if taken:
-            record["digest"] = digest(taken.adapter)
-        elif step == self.total or (config.digest_every and step % config.digest_every == 0):
-            record["digest"] = digest(self.model)
-        self.log.append(record)
+        self.saver.logged()
+        if due:
+            self.saver.save(self, record=record)
+        else:
+            if step == self.total or (config.digest_every and step % config.digest_every == 0):
+                record["digest"] = digest(self.model)
+            self.log.append(record)
         self.records.append(slim(record))
         if self.board:
             self.board.step(record)
-        if taken:
-            self.saver.save(self, taken)
         self.due.picture(lambda: draw(self))
 
     def _update(self, rows: Sequence[Row], ran: Sequence[guards.Ran], step: int) -> tuple[list[float], StepReport]:

@@ -64,11 +64,20 @@ def test_checkpoints_taken_into_one_room_hold_their_own_step_until_the_next(tmp_
 
 def test_a_room_that_is_full_or_of_another_dtype_gives_memory_of_its_own():
     room = checkpoint.Room(trained()[0])
-    tensors = [torch.randn(40), torch.randn(60), torch.randn(4).double(), torch.randn(6, 8).t()]
-    copies = [room.copied(tensor) for tensor in tensors]
-    assert all(torch.equal(one, other) and one.is_contiguous() for one, other in zip(copies, tensors))
-    assert copies[1].untyped_storage().nbytes() == 240
-    assert room.empty().copied(tensors[0]).data_ptr() == copies[0].data_ptr()
+    tensors = {"a": torch.randn(40), "b": torch.randn(60), "c": torch.randn(4).double(), "d": torch.randn(6, 8).t()}
+    copies = room.copied(tensors)
+    assert all(torch.equal(copies[name], tensors[name]) and copies[name].is_contiguous() for name in tensors)
+    assert copies["b"].untyped_storage().nbytes() == 240
+    assert room.empty().copied({"a": tensors["a"]})["a"].data_ptr() == copies["a"].data_ptr()
+
+
+@pytest.mark.parametrize("together", [1, 50, 10**6])
+def test_neighbours_travel_to_the_room_together_and_arrive_as_they_were(monkeypatch, together):
+    monkeypatch.setattr(checkpoint, "TOGETHER", together)
+    room = checkpoint.Room(trained()[0])
+    tensors = {str(n): torch.randn(n) for n in range(1, 12)} | {"none": torch.empty(0), "double": torch.ones(3).double()}
+    copies = room.copied(tensors)
+    assert copies.keys() == tensors.keys() and all(torch.equal(copies[name], tensors[name]) for name in tensors)
 
 
 def test_save_keeps_the_newest(tmp_path):

@@ -23,7 +23,7 @@ from tests.unit import tiny_run
 from tests.unit.tiny_tokenizer import make_tokenizer
 
 TERMS = {"label_smoothing": 0.2, "z_loss": 1e-2}
-LORA = dict(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj", "lm_head"])
+LORA = dict(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj", "lm_head"])
 # fp32 against fp32 in another order: products of up to 300 terms and a softmax, through two layers
 CLOSE = 2.0**-24 * 4000
 
