@@ -326,7 +326,8 @@ def all_cases(device: str) -> list[tuple[str, Size, str]]:
             continue  # transformers' own code runs there
         usable = [s for s in usable if s != LIGER or peers.installed("liger_kernel")]
         found += [(name, size, system) for size in SIZES[device][sizes] for system in usable]
-    return found
+    # what is compiled takes longest: last, so that a run cut short has the rest
+    return sorted(found, key=lambda case: case[2] == COMPILE)
 
 
 def make(name: str, size: Size, device: str, dtype: torch.dtype) -> Case:

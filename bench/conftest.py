@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import timing
+from bench import level, timing
 from bench.cases import NO_GPU
 from bench.provenance import provenance
 
@@ -19,6 +19,19 @@ def pytest_report_header() -> str:
 def pytest_benchmark_update_machine_info(config, machine_info) -> None:
     """Commit, GPU and versions beside pytest-benchmark's own description of the machine."""
     machine_info["fastlora"] = provenance()
+
+
+@pytest.fixture(scope="session")
+def kept() -> level.Kept:
+    """The result file."""
+    return level.Kept()
+
+
+@pytest.fixture(autouse=True)
+def keep(kept, benchmark):
+    """A row of the result file after each test."""
+    yield
+    kept.add(benchmark.param, benchmark.extra_info)
 
 
 @pytest.fixture

@@ -17,7 +17,9 @@ its radius; the graphs themselves are in ``graphs.py``. Sources:
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -98,9 +100,28 @@ class Bounded:
         return self.value.abs() + self.radius
 
 
+_home = "cpu"
+
+
+@contextlib.contextmanager
+def judged_on(device: torch.device | str) -> Iterator[None]:
+    """Values, radii and errors are computed on ``device`` meanwhile, in float64; else on the CPU, away from what is judged there."""
+    global _home
+    before, _home = _home, device
+    try:
+        yield
+    finally:
+        _home = before
+
+
+def at_home(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` where it is judged."""
+    return tensor.detach().to(_home)
+
+
 def exact(tensor: torch.Tensor) -> Bounded:
     """An input: known without error."""
-    value = tensor.detach().cpu().double()
+    value = at_home(tensor).double()
     return Bounded(value, torch.zeros_like(value))
 
 
@@ -142,7 +163,7 @@ def where(keep: torch.Tensor | None, b: Bounded) -> Bounded:
     """Zero, exactly, where ``keep`` is False."""
     if keep is None:
         return b
-    zero = torch.zeros((), dtype=torch.float64)
+    zero = b.value.new_zeros(())
     return Bounded(torch.where(keep, b.value, zero), torch.where(keep, b.radius, zero))
 
 

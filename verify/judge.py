@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from verify import histogram
-from verify.bounds import Bounded
+from verify.bounds import Bounded, at_home
 
 # The radius, the error and their quotient are float64 numbers themselves, each rounded by at most 2^-53: an error at the
 # very end of its interval must not come out above 1.
@@ -40,7 +40,7 @@ def judge(got: torch.Tensor, bound: Bounded) -> Judged:
     An error of 0 has share 0 whatever the radius; any error over a radius of 0, NaN, or a wrong
     shape has share infinity.
     """
-    got = got.detach().cpu().double()
+    got = at_home(got).double()
     if got.shape != bound.value.shape:
         return Judged(float("inf"), (), float(got.numel()), float(bound.value.numel()), 0.0, 0)
     if got.numel() == 0:

@@ -48,10 +48,26 @@ def test_measure_verifies_and_gives_ratios(module, name, size, system):
     assert "no GPU" in benchmark.extra_info["notes"][-1]
     if system.startswith("fastlora"):
         assert 0 <= benchmark.extra_info["verified_worst_share"] <= 1.0
-    row = level.row_of({"param": f"{name}-{size}-{system}", "extra_info": benchmark.extra_info})
+    row = level.row_of(f"{name}-{size}-{system}", benchmark.extra_info)
     assert row["case"] == f"{name}-{size}"
     assert row["baseline"] in level.line(row)
     case.close()
+
+
+def test_a_run_cut_short_leaves_the_rows_of_the_tests_that_ended(tmp_path, monkeypatch):
+    path = tmp_path / "block.json"
+    monkeypatch.setenv(level.RESULT, str(path))
+    monkeypatch.setenv(level.HEAD, json.dumps({"kind": "block", "provenance": {"commit": "abc"}, "rows": []}))
+    kept = level.Kept()
+    kept.add("norm-x-fastlora", {})  # nothing was timed
+    assert not path.exists()
+    for system in ("fastlora", "liger"):
+        kept.add(f"norm-x-{system}", {"system": system, "time": {}})
+    found = json.loads(path.read_text())
+    assert found["provenance"] == {"commit": "abc"}
+    assert [(row["case"], row["system"]) for row in found["rows"]] == [("norm-x", "fastlora"), ("norm-x", "liger")]
+    monkeypatch.delenv(level.RESULT)
+    level.Kept().add("norm-x-fastlora", {"system": "fastlora"})  # pytest by itself keeps no file
 
 
 def test_measure_does_not_time_what_fails_verification(monkeypatch):

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 
 from verify import graphs, oracle, relations
+from verify.bounds import at_home
 from verify.claims.outcome import Budget, Outcome
 from verify.judge import around, judge
 from verify.oracle.linear import scale_of
@@ -109,9 +110,9 @@ def bounds_of(
     inputs: LinearInputs, result: LinearResult, rules, divisor: float
 ) -> graphs.LinearBounds:
     """Radii from the graph around values from the oracle (which the graph must agree with)."""
-    keep = None if result.keep is None else result.keep.cpu()
+    keep = None if result.keep is None else at_home(result.keep)
     tensors = [
-        t if t is None else t.detach().cpu()
+        t if t is None else at_home(t)
         for t in (inputs.x, inputs.weight, inputs.a, inputs.b, inputs.bias, inputs.dy)
     ]
     x, weight, a, b, bias, dy = tensors
