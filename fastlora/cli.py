@@ -119,8 +119,10 @@ def generate(
     settings = {"format": format, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed,
                 "stream": lambda text: typer.echo(text, nl=False)}
     if prompt is not None:
-        generating.generate(network, tokenizer, prompt, **settings)
+        said = generating.generate(network, tokenizer, prompt, **settings)
         typer.echo()
+        if not said.strip():
+            typer.echo("the model wrote nothing: it ended its answer at once", err=True)
         return
     shown = "> " if sys.stdin.isatty() else ""
     for _ in generating.converse(network, tokenizer, generating.lines(sys.stdin, lambda: typer.echo(shown, nl=False)), **settings):

@@ -43,11 +43,13 @@ def export(
 def _gguf(adapter: str, output: pathlib.Path, format: str, model: str | None, dtype: str, files: dict) -> list[str]:
     from fastlora import gguf_export, gguf_names, setup
     from fastlora.adapter import load_adapter, read_adapter
+    from fastlora.files import check_writable
     from fastlora.inject import eject
     from fastlora.merge import merge
 
     if output.exists():
         raise InputError(f"output = {str(output)!r}: it exists; allowed is a new file")
+    check_writable(output.parent, "output")
     if output.suffix != ".gguf":
         raise InputError(f"output = {str(output)!r}: allowed is a file that ends in .gguf")
     allowed = [name for name in gguf_export.TYPES if format == "gguf" or name != "q8_0"]

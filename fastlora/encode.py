@@ -20,6 +20,15 @@ class RowError(InputError):
         self.kind = kind
 
 
+def kind_of(value: object) -> str:
+    """What a parsed value is, in JSON's words."""
+    kinds = (
+        (type(None), "null"), (bool, "true or false"), (int | float, "a number"), (str, "a string"), (list | tuple, "a list"),
+        (dict, "an object"),
+    )  # fmt: skip
+    return next((name for kind, name in kinds if isinstance(value, kind)), type(value).__name__)
+
+
 def check_text(text: object, field: str) -> str:
     """Return ``text`` if it is a string that UTF-8 can hold.
 
@@ -28,7 +37,7 @@ def check_text(text: object, field: str) -> str:
             cannot).
     """
     if not isinstance(text, str):
-        raise RowError("bad_format", f"'{field}' is {type(text).__name__}; it must be a string")
+        raise RowError("bad_format", f"'{field}' is {kind_of(text)}; it must be a string")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

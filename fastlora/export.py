@@ -14,7 +14,7 @@ from fastlora.adapter import load_adapter
 from fastlora.certificate import Certificate
 from fastlora.digest import digest, frozen_tensors
 from fastlora.errors import InputError
-from fastlora.files import ordinary_mode
+from fastlora.files import check_writable, ordinary_mode
 from fastlora.inject import eject, lora_layers
 from fastlora.merge import merge
 from fastlora.train_config import DTYPE_SHORT, DTYPES
@@ -46,6 +46,7 @@ def merge_to_folder(
     output = pathlib.Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"output = {str(output)!r}: it holds files; allowed is a new or empty folder")
+    check_writable(output.parent, "output")
     files = {"gguf_file": gguf_file, "trust_remote_code": trust_remote_code}
     tokenizer = setup.load_tokenizer(model, **files)
     ids = certificate.probe_ids(tokenizer, probe_text)

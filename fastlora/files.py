@@ -9,6 +9,8 @@ import pathlib
 import tempfile
 from collections.abc import Iterator
 
+from fastlora.errors import InputError
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[pathlib.Path]:
@@ -36,6 +38,18 @@ def atomic_write(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def check_writable(path: str | os.PathLike, argument: str) -> None:
+    """Refuse, before any work, a file or folder that cannot be made or written to. Writes nothing.
+
+    Raises:
+        InputError: ``argument`` names what was given.
+    """
+    path = pathlib.Path(path)
+    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{argument} = {str(path)!r}: {existing} cannot be written")
 
 
 @functools.cache

@@ -117,7 +117,8 @@ def write_model(model: nn.Module, tokenizer: Any, output: pathlib.Path, dtype: s
 
     with _writer(output, names) as writer:
         writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(str(getattr(model.config, "_name_or_path", "") or "merged"))
+        # the last part: a folder's whole path is nobody else's business
+        writer.add_name(pathlib.PurePath(str(getattr(model.config, "_name_or_path", ""))).name or "merged")
         _add_sizes(writer, model.config)
         if like is None:
             _add_tokenizer(writer, tokenizer, model.config.vocab_size)

@@ -58,6 +58,19 @@ def bar(console, path: str | os.PathLike) -> Iterator[Callable[[int, int], None]
         shown.stop()
 
 
+# Fewer optimiser steps than this are not many: a newcomer's thirty rows make two.
+FEW = 10
+
+
+def few_steps(config: TrainConfig, total: int) -> str | None:
+    """A sentence where the data's size alone makes the run too short to change much."""
+    if config.steps is not None or total >= FEW:
+        return None
+    steps = "1 optimiser step" if total == 1 else f"{total} optimiser steps"
+    return (f"few steps: this data makes {steps} of {config.batch_size} sequences, after which the adapter has hardly moved; "
+            "`fastlora advise --model DIR --data FILE` fits batch size and epochs to it")
+
+
 def lines(training: data.RowSet, held_out: data.RowSet | None, alignment: int) -> list[str]:
     """What a run says of its data."""
     fill = packing.fill_ratio(token_rows.lengths(training.rows), alignment)

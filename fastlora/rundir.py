@@ -9,6 +9,7 @@ import pathlib
 import platform
 import shlex
 import shutil
+import sys
 import tomllib
 from importlib import metadata
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 from fastlora import __version__, lock, token_rows
 from fastlora.digest import digest
 from fastlora.errors import InputError
-from fastlora.files import atomic_write_text
+from fastlora.files import atomic_write_text, check_writable
 from fastlora.inject import injection
 from fastlora.train_config import DECIDES_BYTES, TrainConfig
 
@@ -46,9 +47,7 @@ def check(config: TrainConfig) -> None:
     folder = config.folder
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output = {config.output!r}: it is a file; allowed is a folder")
-    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"output = {config.output!r}: {existing} cannot be written")
+    check_writable(config.output, "output")
     if folder.is_dir():
         lock.check(folder)
     if config.resume:
@@ -174,7 +173,16 @@ def stored_run(folder: str | os.PathLike) -> dict[str, dict]:
 
 def how_to_go_on(config: TrainConfig) -> str:
     """The command that goes on with a stopped run; ``run.toml`` holds all the rest."""
-    return f"fastlora train --output {shlex.quote(config.output)} --resume"
+    return f"{own_command()} train --output {shlex.quote(config.output)} --resume"
+
+
+def own_command() -> str:
+    """How this very installation is called from a shell: ``fastlora`` where that is it, else by the path of its Python."""
+    beside = pathlib.Path(sys.executable).parent / "fastlora"
+    found = shutil.which("fastlora")
+    if found is not None and beside.exists() and os.path.samefile(found, beside):
+        return "fastlora"
+    return f"{shlex.quote(sys.executable)} -m fastlora"
 
 
 def _key(name: str) -> str:

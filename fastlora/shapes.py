@@ -17,7 +17,7 @@ The Alpaca prompt is that of Taori et al., Stanford Alpaca (2023).
 from __future__ import annotations
 
 from fastlora import encode, template
-from fastlora.encode import RowError, check_text
+from fastlora.encode import RowError, check_text, kind_of
 
 # Shape: the keys that make it complete. One of these alone must be complete in a row.
 SHAPES = {
@@ -52,7 +52,7 @@ def shape_of(record: object) -> str:
         RowError: it is no object, has the fields of no shape, half of one, or of more than one.
     """
     if not isinstance(record, dict):
-        raise RowError("bad_format", f"a {type(record).__name__}, not an object")
+        raise RowError("bad_format", f"{kind_of(record)}, not an object")
     found = [shape for shape, keys in SHAPES.items() if all(key in record for key in keys)]
     if len(found) == 1:
         return found[0]
@@ -115,13 +115,13 @@ def sharegpt_messages(record: dict) -> list[dict]:
     """
     turns = record["conversations"]
     if not isinstance(turns, list | tuple):
-        raise RowError("bad_format", f"'conversations' is {type(turns).__name__}; it must be a list")
+        raise RowError("bad_format", f"'conversations' is {kind_of(turns)}; it must be a list")
     messages = []
     if record.get("system"):
         messages.append({"role": "system", "content": record["system"]})
     for place, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
-            raise RowError("bad_format", f"turn {place} is {type(turn).__name__}; it must be an object")
+            raise RowError("bad_format", f"turn {place} is {kind_of(turn)}; it must be an object")
         speaker = turn.get("from", turn.get("role"))
         role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
         if role is None:

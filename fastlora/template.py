@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import jinja2
 import numpy as np
 
-from fastlora.encode import RowError, check_text, end_id, tokenize
+from fastlora.encode import RowError, check_text, end_id, kind_of, tokenize
 from fastlora.errors import InputError
 
 # The word alone would do for detection by transformers too; whitespace control may stand on either
@@ -101,9 +101,7 @@ def check_messages(messages: object) -> None:
         raise RowError("bad_format", "'messages' must be a list with at least one message")
     for place, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
-            raise RowError(
-                "bad_format", f"message {place} is {type(message).__name__}; it must be an object"
-            )
+            raise RowError("bad_format", f"message {place} is {kind_of(message)}; it must be an object")
         check_text(message.get("role"), f"role of message {place}")
         if message.get("content") is None and message.get("tool_calls"):
             continue
@@ -184,6 +182,12 @@ def _by_prefixes(
         return tokenizer.decode([token], **options)
 
     for turn in turns:
+        if not turn:
+            raise RowError(
+                "template",
+                "message 1 is of the assistant: without {% generation %} marks in the chat template nothing tells where it begins; put a"
+                " message of the user before it, or leave it out",
+            )
         before = tokenize(
             tokenizer, _render(tokenizer, messages[:turn], tools, add_generation_prompt=True)
         )

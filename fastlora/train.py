@@ -126,7 +126,7 @@ class Trainer:
         self.budget = Budget(config, self.device, (self.rows, self.evaluation_rows), self.alignment, say)
         say(f"batch: {config.batch_size} sequences per optimiser step, {self.total} steps; cut into "
             f"micro-batches of at most {self.limit} padded tokens, which does not change the result")
-        for line in (*rundata.lines(self.data, self.evaluation_data, self.alignment), *filter(None, [note])):
+        for line in (*rundata.lines(self.data, self.evaluation_data, self.alignment), *filter(None, [note, rundata.few_steps(config, self.total)])):
             say(line)
         coverage(model, strict=config.strict)
         for line in coverage_lines(model):

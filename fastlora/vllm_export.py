@@ -17,6 +17,7 @@ import torch
 from fastlora.adapter import read_adapter, refuse_experts, split_copies, write_files
 from fastlora.digest import PREFIX
 from fastlora.errors import InputError
+from fastlora.files import check_writable
 
 # What --max-lora-rank may be.
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -34,6 +35,7 @@ def export_for_vllm(adapter: str | os.PathLike, output: str | os.PathLike) -> li
     output = pathlib.Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"output = {str(output)!r}: it holds files; allowed is a new or empty folder")
+    check_writable(output, "output")
     config, tensors = read_adapter(adapter)
     tensors, _ = split_copies(tensors)
     refuse_experts(config, "format vllm")

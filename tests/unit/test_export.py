@@ -184,6 +184,18 @@ def test_export_refuses_bad_arguments(tmp_path, capsys, arguments, message):
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("command", [["export", "--output", "{}/x.gguf"], ["export", "--output", "{}/x", "--format", "vllm"],
+                                     ["merge", "--output", "{}/x"]], ids=lambda words: words[-1][-4:])  # fmt: skip
+def test_a_place_that_cannot_be_written_is_refused_before_any_model_is_loaded(tmp_path, capsys, monkeypatch, command):
+    from fastlora import files, setup
+
+    monkeypatch.setattr(files.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(setup, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    words = [word.format(tmp_path) for word in command]
+    code, _, err = run_command(capsys, *words, "--adapter", str(tmp_path / "adapter"), "--model", str(tmp_path / "base"))
+    assert code == 2 and f"{tmp_path} cannot be written" in err and "output = " in err
+
+
 @pytest.mark.parametrize(("model_type", "extra", "message"), [
     ("granite", {}, "model type 'granite' is not known; allowed are llama, mistral, qwen2, qwen3"),
     ("mistral", {"sliding_window": 16}, "window of 16"),

@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 
 import pytest
@@ -198,6 +199,6 @@ def test_sigterm_finishes_the_step_saves_and_goes_on_to_the_same_bytes(tmp_path,
         patch.setattr(Trainer, "sums", sums)
         stopped, _, printed = train(tmp_path, "a", steps=3)
     assert (stopped.steps, stopped.signal) == (2, signal.SIGTERM)
-    assert "go on with: fastlora train --output" in printed and steps_kept(tmp_path / "a") == [2]
+    assert re.search("go on with: .*fastlora train --output", printed) and steps_kept(tmp_path / "a") == [2]
     train(tmp_path, "a", steps=3, resume=True)
     assert adapter_of(tmp_path / "a") == adapter_of(tmp_path / "whole")

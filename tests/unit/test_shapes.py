@@ -39,9 +39,9 @@ def test_sharegpt_is_the_same_chat(tmp_path):
 
 
 @pytest.mark.parametrize("conversations, says", [
-    ("one", "'conversations' is str"), ([3], "turn 1 is int"), ([], "at least one message"),
+    ("one", "'conversations' is a string"), ([3], "turn 1 is a number"), ([], "at least one message"),
     ([{"from": "narrator", "value": "x"}], "turn 1 is from 'narrator'; known are human"),
-    ([{"from": "human", "value": "x"}, {"from": "gpt", "value": None}], "content of message 2.* is NoneType"),
+    ([{"from": "human", "value": "x"}, {"from": "gpt", "value": None}], "content of message 2.* is null"),
 ])
 def test_sharegpt_faults_name_the_turn(tmp_path, conversations, says):
     with pytest.raises(InputError, match=f"line 1: .*{says}"):
@@ -74,8 +74,8 @@ def test_alpaca_has_its_own_prompt_without_a_template(tmp_path):
 
 
 @pytest.mark.parametrize("record, says", [
-    ({"instruction": "a", "input": "b"}, "no 'output'"), ({"instruction": 3, "output": "b"}, "'instruction' is int"),
-    ({"instruction": "a", "output": "b", "input": [1]}, "'input' is list"), ({"instruction": "a", "output": ""}, "'output' is empty"),
+    ({"instruction": "a", "input": "b"}, "no 'output'"), ({"instruction": 3, "output": "b"}, "'instruction' is a number"),
+    ({"instruction": "a", "output": "b", "input": [1]}, "'input' is a list"), ({"instruction": "a", "output": ""}, "'output' is empty"),
     ({"instruction": "a", "output": "b", "text": "c"}, "more than one format"),
 ])
 def test_alpaca_faults_are_named(tmp_path, record, says):

@@ -96,11 +96,12 @@ def test_encode_messages_keeps_white_space_that_ends_a_turn():
     [
         ([], "bad_format", "at least one message"),
         ("hello", "bad_format", "must be a list"),
-        (["hello"], "bad_format", "message 1 is str"),
+        (["hello"], "bad_format", "message 1 is a string"),
         ([{"content": "a"}], "bad_format", "role of message 1"),
-        ([{"role": "user", "content": ["a"]}], "bad_format", "content of message 1.* is list"),
+        ([{"role": "user", "content": ["a"]}], "bad_format", "content of message 1.* is a list"),
         ([{"role": "user", "content": "a"}], "no_supervised_token", "no message of the assistant"),
         (chat("one", " "), "empty_completion", "message 2, of the assistant, is empty"),
+        ([{"role": "assistant", "content": "a"}], "template", "message 1 is of the assistant.*put a message of the user before it"),
     ],
 )
 def test_encode_messages_refuses_what_is_no_chat(messages, kind, message):
