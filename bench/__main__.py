@@ -54,6 +54,8 @@ def step(
     time_limit: Annotated[float, typer.Option(help="Seconds after which no further system is begun.")] = 510.0,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     optimizer: Annotated[bool, typer.Option(help="Also time the step with the optimiser's.")] = True,
+    into: Annotated[str | None, typer.Option(help="An earlier result of the same model and device, whose rows of other systems are "
+                                             "kept.")] = None,
     output: Output = None,
     commit: Commit = None,
 ) -> None:
@@ -73,7 +75,7 @@ def step(
     if place == "cpu":
         typer.echo("no GPU: through the torch reference path; these times say nothing about the kernels")
     path = pathlib.Path(output) if output else result_path(f"step-{chosen.name}", provenance(commit))
-    level.run(plan, names, path)
+    level.run(plan, names, path, into)
     typer.echo(f"results: {path}")
 
 

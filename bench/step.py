@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from bench import check, nonexact, peers, systems, timing
+from bench.into import earlier, together
 from bench.provenance import provenance, write_result
 from bench.shapes import Shape, default_dtype
 from bench.tables import costs, ratio_text
@@ -41,17 +42,20 @@ _ATTENTION = re.compile(r"flash|fmha|cudnn|sdpa|attention|efficient", re.IGNOREC
 
 
 def default_systems(shape: Shape) -> list[str]:
-    """What a run without ``--systems`` times, ours and the cheap ones first: a time limit cuts at the end."""
+    """What a run without ``--systems`` times, what is most asked for first: a time limit cuts at the end. What exactness costs needs no
+    system of its own: it is timed in turns with ``fastlora``."""
     liger, flash = peers.installed("liger_kernel"), peers.installed(peers.FLASH)
-    names = ["fastlora", "fastlora+ckpt", "peft", "peft+ckpt"]
-    names += ["peft+liger", "peft+liger+ckpt"] if liger else []
-    names += ["fastlora+dropout", "fastlora+r128", "fastlora+t2048", "fastlora+float", "fastlora+nonexact"]
-    names += ["frozen+liger+compile" if liger else "frozen+compile", "peft+compile"]
-    for lengths in ("rows", "library"):
-        names += [f"fastlora+{lengths}", f"fastlora+{lengths}+align64", f"peft+{lengths}"]
-        names += [f"peft+{lengths}+fa2"] if flash else []
-        names += [f"peft+liger+{lengths}"] if liger else []
+    peer = "peft+liger" if liger else "peft"
+    names = ["fastlora", "fastlora+ckpt", peer, f"{peer}+ckpt", "fastlora+dropout", "fastlora+r128", "fastlora+t2048"]
+    names += ["fastlora+rows", f"{peer}+rows"]
     names += ["fastlora+cap79", "fastlora+ckpt+t2048+cap23"] if shape.name == "llama-3.1-8b" else []
+    names += ["frozen+liger+layers" if liger else "frozen+layers"]
+    names += ["peft", "peft+ckpt"] if liger else []
+    names += ["fastlora+rows+align64", "fastlora+library", "fastlora+library+align64", f"{peer}+library"]
+    names += [f"peft+{lengths}+fa2" for lengths in ("rows", "library") if flash]
+    names += [f"peft+{lengths}" for lengths in ("rows", "library") if liger]
+    # whole models are compiled in minutes
+    names += ["frozen+liger+compile" if liger else "frozen+compile", "peft+compile"]
     return names
 
 
@@ -311,11 +315,16 @@ def fills(rows: Sequence[Row]) -> dict[str, float]:
     return {str(alignment): fill_ratio([len(row) for row in rows], alignment) for alignment in ALIGNMENTS}
 
 
-def run(plan: Plan, names: Sequence[str] | None, path: str | pathlib.Path | None) -> dict:
+def run(
+    plan: Plan, names: Sequence[str] | None, path: str | pathlib.Path | None, into: str | pathlib.Path | None = None,
+) -> dict:
     """Time ``names`` (None: the default ones) and write the result after each, so that a run cut short leaves what it found.
 
+    Args:
+        into: an earlier result whose rows of other systems are kept (see bench/into.py).
+
     Raises:
-        InputError: an unknown system.
+        InputError: an unknown system, or an ``into`` of another model or device.
     """
     session = Session(plan)
     names = [name for name in (names or default_systems(plan.shape)) if name != FROZEN]
@@ -330,9 +339,12 @@ def run(plan: Plan, names: Sequence[str] | None, path: str | pathlib.Path | None
         },
     }  # fmt: skip
 
+    before, own = [] if into is None else earlier(into, result), []
+
     def keep(row: dict) -> None:
         plan.say(line(row))
-        result["rows"].append(row)
+        own.append(row)
+        result["rows"] = together(own, before, result["provenance"]["commit"])
         result["exact_over"] = costs(result["rows"])
         result["seconds"] = round(plan.time_limit - plan.left, 1)
         if path is not None:

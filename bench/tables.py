@@ -56,12 +56,17 @@ def step_table(result: dict) -> str:
         parts.append(packed_table(packed, result))
     fits = [row for row in result["rows"] if "fits" in row]
     if fits:
-        said = [f"{row['system']} {'fits' if row['fits'] else 'does NOT fit'} {row['cap_gib']} GiB" for row in fits]
+        said = [f"{named(row)} {'fits' if row['fits'] else 'does NOT fit'} {row['cap_gib']} GiB" for row in fits]
         parts.append("Allocator capped, nothing else on the device: " + "; ".join(said) + ".")
     missing = [f"{row['system']} ({row['not_timed'][:120]})" for row in result["rows"] if "not_timed" in row]
     if missing:
         parts.append("Not timed: " + "; ".join(missing) + ".")
     return "\n\n".join(parts)
+
+
+def named(row: dict) -> str:
+    """A system's name; with the commit, if it was timed at an earlier one than the rest."""
+    return f"{row['system']} (at {row['commit'][:7]})" if "commit" in row else row["system"]
 
 
 def _models(rows: list[dict]) -> str:
@@ -70,7 +75,7 @@ def _models(rows: list[dict]) -> str:
         speed = row["tokens"] / row["time"]["median_ms"] * 1e3
         whole = row.get("with_optimizer")
         body.append((
-            row["system"], f"{row['time']['median_ms']:.1f}", spread(row["over_frozen"]), f"{whole['median']:.3f}" if whole else "-",
+            named(row), f"{row['time']['median_ms']:.1f}", spread(row["over_frozen"]), f"{whole['median']:.3f}" if whole else "-",
             f"{speed:,.0f}", gib(row["peak_bytes"]), str(row.get("launches") or "-"),
         ))  # fmt: skip
     titles = ("system", "forward + backward, ms", "over frozen", "with optimiser, over frozen", "tokens/s", "peak GiB", "launches")
@@ -94,7 +99,7 @@ def packed_table(rows: list[dict], result: dict) -> str:
     for row in rows:
         speed = row["supervised_tokens"] / row["time"]["median_ms"] * 1e3
         body.append((
-            row["system"], f"{row['tokens']}", f"{row['tokens'] / row['padded_tokens']:.2f}", f"{row['time']['median_ms']:.1f}",
+            named(row), f"{row['tokens']}", f"{row['tokens'] / row['padded_tokens']:.2f}", f"{row['time']['median_ms']:.1f}",
             f"{speed:,.0f}", gib(row["peak_bytes"]),
         ))  # fmt: skip
     titles = ("uneven short rows", "real tokens", "fill", "ms", "supervised tokens/s", "peak GiB")
