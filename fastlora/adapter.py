@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fastlora.config import LoraConfig
+from fastlora.digest import PREFIX, adapter_tensors
 from fastlora.errors import InputError, TrainingError
 from fastlora.experts import adapter_paths, factor_shapes
 from fastlora.files import atomic_write, atomic_write_text
@@ -27,7 +28,6 @@ from fastlora.targets import Targets, resolve_targets
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-_PREFIX = "base_model.model."
 _COPY = ".base_layer.weight"
 _SAVE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,11 +39,7 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
         InputError: the model has no adapters.
     """
     require_injection(model)
-    state = {}
-    for layer in lora_layers(model):
-        for name, factor in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-            state[f"{_PREFIX}{layer.path}.{name}.weight"] = factor.weight.detach()
-    return dict(sorted(state.items()))
+    return dict(sorted(adapter_tensors(model).items()))
 
 
 def save_adapter(
@@ -176,7 +172,7 @@ def split_copies(
 def _check_copies(directory: str | os.PathLike, model: nn.Module, copies: dict[str, torch.Tensor]) -> None:
     """Raise unless every copy of a base weight, rounded to the model's dtype, is that of the model: PEFT would put it there."""
     for key, copy in copies.items():
-        path = key.removeprefix(_PREFIX).removesuffix(_COPY)
+        path = key.removeprefix(PREFIX).removesuffix(_COPY)
         own = dict(model.named_modules()).get(path)
         weight = getattr(own, "kept_base", None)
         weight = getattr(own, "weight", None) if weight is None else weight
@@ -231,7 +227,7 @@ def _check_tensors(
     wanted = {}
     for path, of_path in shapes.items():
         for name, shape in zip(("lora_A", "lora_B"), of_path):
-            wanted[f"{_PREFIX}{path}.{name}.weight"] = tuple(shape)
+            wanted[f"{PREFIX}{path}.{name}.weight"] = tuple(shape)
     missing, unexpected = (
         sorted(wanted.keys() - tensors.keys()),
         sorted(tensors.keys() - wanted.keys()),

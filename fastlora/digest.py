@@ -31,9 +31,11 @@ GROUP = 32  # chunks a GPU takes at once: 134 MB of products
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """A and B of every LoRA linear under the names of the adapter file
-    (``base_model.model.<path>.lora_A.weight`` [r,K] and ``.lora_B.weight`` [N,r])."""
+    (``base_model.model.<path>.lora_A.weight`` [r,K] and ``.lora_B.weight`` [N,r]); the path is that of the injection, whatever wraps
+    the model now."""
     tensors = {}
-    for path, module in lora_modules(model):
+    for place, module in lora_modules(model):
+        path = getattr(module, "path", "") or place
         tensors[f"{PREFIX}{path}.lora_A.weight"] = module.lora_A.weight.detach()
         tensors[f"{PREFIX}{path}.lora_B.weight"] = module.lora_B.weight.detach()
     if not tensors:

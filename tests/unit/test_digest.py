@@ -10,6 +10,8 @@ import torch
 from lora_standin import StandInModel
 
 import fastlora.digest as module
+from fastlora.adapter import adapter_state
+from fastlora.config import LoraConfig
 from fastlora.digest import (
     Fingerprint,
     adapter_tensors,
@@ -19,6 +21,8 @@ from fastlora.digest import (
     frozen_tensors,
 )
 from fastlora.errors import InputError
+from fastlora.inject import inject
+from tests.unit.tiny_run import tiny_model
 
 
 def test_digest_is_md5_over_sorted_lines() -> None:
@@ -206,3 +210,10 @@ def test_chunks_summed_together_give_the_sums_of_each(monkeypatch):
         together = module._Group(chunks).running_sums()
         assert torch.equal(together, torch.cat([module._Group([chunk]).running_sums() for chunk in chunks]))
     module._weights.cache_clear()
+
+
+def test_a_model_has_one_digest_whatever_wraps_it():
+    model = inject(tiny_model(), LoraConfig(r=4), seed=1)
+    wrapped = torch.nn.ModuleDict({"module": model})
+    assert adapter_tensors(wrapped).keys() == adapter_tensors(model).keys() == adapter_state(wrapped).keys()
+    assert digest(wrapped) == digest(model)
