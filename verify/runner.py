@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from verify import parallel
+from verify import context, parallel
 from verify.budget import Timed, unfinished
 from verify.claims import CLAIMS
 from verify.claims.outcome import FAIL, Outcome
@@ -118,7 +118,7 @@ def run_claims(
     todo = [(name, subject) for name in names for subject in subjects]
     todo.sort(key=lambda pair: (pair[0] == SHORTEST, pair[0] == SHORTEST and pair[1] is subjects[0]))
     begun, total = time.monotonic(), sum(_share(name) for name, _ in todo)
-    for name, subject in todo:
+    for done, (name, subject) in enumerate(todo, start=1):
         share = None
         if seconds is not None:
             left = max(0.0, seconds - (time.monotonic() - begun))
@@ -135,6 +135,13 @@ def run_claims(
             raise
         found.add(outcome, histogram)
         after_each(found)
+        error = context.broken()
+        if error:
+            why = f"the GPU is unusable since {name} on {subject.name}: {error}"
+            for later, other in todo[done:]:
+                found.add(Outcome(later, CLAIMS[later].STATEMENT, other.name, reason=why), Histogram())
+            after_each(found)
+            break
     return found.outcomes
 
 

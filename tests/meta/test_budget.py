@@ -9,6 +9,7 @@ import pytest
 
 from verify import replay, runner, seeds, subjects
 from verify.budget import Timed, seconds_of
+from verify.claims.outcome import Outcome
 from verify.plain import SUBJECT
 from verify.runner import Found
 from verify.subject import BadSubject
@@ -66,3 +67,22 @@ def test_replay_says_when_a_claim_takes_no_such_case():
     with pytest.raises(BadSubject, match="needs the part 'optimizer'"):
         replay.replay(replace(SUBJECT, optimizer=None), "updates", case)
     assert replay.replay(SUBJECT, "updates", case).verdict == "pass"
+
+
+@pytest.mark.parametrize("lost", [None, "CUDA error: an illegal memory access was encountered"])
+def test_what_follows_a_lost_gpu_is_not_tried_and_says_why(monkeypatch, lost):
+    answers = iter([None, lost, None, None])
+    monkeypatch.setattr(runner.context, "broken", lambda: next(answers, None))
+    names = ["updates", "guards", "accuracy"]
+    for name in names:
+        monkeypatch.setattr(runner.CLAIMS[name], "run", lambda subject, budget, seed, name=name: Outcome(name, "", subject.name, cases=1))
+    seen = []
+    outcomes = runner.run_claims(
+        [SUBJECT], names, seconds=None, cases=1, seed=0, after_each=lambda found: seen.append(len(found.outcomes))
+    )
+    # accuracy is tried last and reported first
+    assert {outcome.claim: outcome.verdict for outcome in outcomes} == {
+        "updates": "pass", "guards": "pass", "accuracy": "not tried" if lost else "pass",
+    }  # fmt: skip
+    assert outcomes[0].reason == (f"the GPU is unusable since guards on {SUBJECT.name}: {lost}" if lost else "")
+    assert seen[-1] == 3

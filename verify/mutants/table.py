@@ -5,9 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-import torch
-
-from verify import rules
+from verify import context, rules
 from verify.claims import CLAIMS
 from verify.claims.outcome import Budget
 from verify.mutants.base import Mutant
@@ -39,13 +37,9 @@ class Kill:
 
 def _check_device(mutant: Mutant, subject: Subject) -> None:
     """A CUDA error stays: whatever is tried after it in this process fails too, and would be counted as killed."""
-    if torch.cuda.is_initialized():
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"planted fault {mutant.name!r} left the GPU unusable on {subject.name}: {str(error).splitlines()[0]}"
-            ) from error
+    error = context.broken()
+    if error:
+        raise RuntimeError(f"planted fault {mutant.name!r} left the GPU unusable on {subject.name}: {error}")
 
 
 def try_mutant(mutant: Mutant, subject: Subject, seed: int, most_cases: int = 60, with_rules: bool = False) -> Kill:
