@@ -49,7 +49,7 @@ def bar(console, path: str | os.PathLike) -> Iterator[Callable[[int, int], None]
             if console.is_terminal:
                 shown.start()
             else:
-                console.print(f"tokenizing {path}: {total / 1e6:,.0f} MB", highlight=False, markup=False)
+                console.print(f"tokenizing {path}: {total / 1e6:,.1f} MB", highlight=False, markup=False)
         shown.update(task, completed=done)
 
     try:
