@@ -291,7 +291,7 @@ def attention_forward(q, k, v, edges, scale, window=None, softcap=None):
 
     Args:
         q: [Hq, T, D]; k: [Hk, T, D]; v: [Hk, T, E]; one dtype, any strides; Hk divides Hq; T a multiple of the block.
-        edges: int32 [4, T / 64]: see ops/attention_triton.py.
+        edges: :class:`fastlora.kernels.edges.Edges`.
         scale, window, softcap: see ops/attention.py.
     """
     q, k, v = _rows(q), _rows(k), _rows(v)
@@ -301,13 +301,14 @@ def attention_forward(q, k, v, edges, scale, window=None, softcap=None):
     if tokens == 0:
         return out, lse
     view = out.transpose(0, 1)
-    if attention_specialized.serves(q, k, v, window, softcap) and attention_specialized.forward(q, k, v, view, lse, edges, scale):
+    specialized = attention_specialized.serves(q, k, v, edges, window, softcap)
+    if specialized and attention_specialized.forward(q, k, v, view, lse, edges, scale):
         return out, lse
     tile = _tile(q, v, "forward")
     constants, scalars = _rule(q, v, k, window, softcap)
     launch.run(
         attention_forward_kernel, (tokens // tile.bm, heads), tile,
-        q, k, v, out, lse, edges[0], tokens, float(scale), *scalars,
+        q, k, v, out, lse, edges.table[0], tokens, float(scale), *scalars,
         **_strides("Q", q), **_strides("K", k), **_strides("V", v), **_strides("O", view), **constants,
         BQ=tile.bm, BK=tile.bn,
     )
@@ -333,11 +334,11 @@ def attention_backward(dout, q, k, v, out, lse, edges, scale, window=None, softc
         **_strides("O", view), **_strides("DO", dout), E=v.shape[2], BE=constants["BE"], BQ=tile.bm,
     )
     read = {**_strides("Q", q), **_strides("K", k), **_strides("V", v), **_strides("DO", dout)}
-    specialized = attention_specialized.serves(q, k, v, window, softcap, dout)
+    specialized = attention_specialized.serves(q, k, v, edges, window, softcap, dout)
     if not (specialized and attention_specialized.backward_dq(dout, q, k, v, lse, delta, dq, edges, scale)):
         launch.run(
             attention_dq_kernel, (tokens // tile.bm, heads), tile,
-            q, k, v, dout, lse, delta, dq, edges[0], tokens, float(scale), *scalars,
+            q, k, v, dout, lse, delta, dq, edges.table[0], tokens, float(scale), *scalars,
             **read, **_strides("DQ", dq), **constants, BQ=tile.bm, BK=tile.bn,
         )
     if specialized and attention_specialized_keys.backward_dkv(dout, q, k, v, lse, delta, dk, dv, edges, scale):
@@ -345,7 +346,7 @@ def attention_backward(dout, q, k, v, out, lse, edges, scale, window=None, softc
     tile = _tile(q, v, "dkv")
     launch.run(
         attention_dkv_kernel, (tokens // tile.bn, k.shape[0]), tile,
-        q, k, v, dout, lse, delta, dk, dv, edges[1], tokens, float(scale), *scalars,
+        q, k, v, dout, lse, delta, dk, dv, edges.table[1], tokens, float(scale), *scalars,
         **read, **_strides("DK", dk), **_strides("DV", dv), **constants, BQ=tile.bm, BK=tile.bn, APART=MASKS_APART,
     )
     return dq, dk, dv

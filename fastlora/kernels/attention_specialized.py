@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 
 from fastlora.kernels import launch
+from fastlora.kernels.edges import Edges
 from fastlora.kernels.hopper import (
     MISSING,
     attempt,
@@ -252,7 +253,7 @@ if MISSING is None:
         HEADS: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
     ):  # fmt: skip
         """d_q, d_out [T, HEADS D], d_k, d_v [T, HEADS / GROUPS D]: descriptors of blocks [B, D]; p_lse fp32 [HEADS, T], log2; p_edges int32
-        [4, blocks]: see ops/attention_triton.py."""
+        [4, blocks]: see edges.py."""
         s_q = gl.allocate_shared_memory(d_q.dtype, [2, B, D], d_q.layout)
         s_out = gl.allocate_shared_memory(d_q.dtype, [2, B, D], d_out.layout)
         s_k = gl.allocate_shared_memory(d_q.dtype, [STAGES, B, D], d_k.layout)
@@ -312,11 +313,12 @@ if MISSING is None:
         )  # fmt: skip
 
 
-def serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window, softcap, *others: torch.Tensor) -> bool:
+def serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, edges: Edges, window, softcap, *others: torch.Tensor) -> bool:
     """Whether these kernels compute this attention: heads in pairs that share their keys, [T, D] of a head beside the next one's (in
-    ``others`` too); plain."""
+    ``others`` too); plain. Short walks are left to the portable kernels: a tile's beginning and end are most of it (documents of one block,
+    H200: 110 us against 81)."""
     head = q.shape[2]
-    plain = window is None and softcap is None and head in HEADS_WIDE and head == v.shape[2] and q.dtype != torch.float32
+    plain = not edges.short and window is None and softcap is None and head in HEADS_WIDE and head == v.shape[2] and q.dtype != torch.float32
     paired = q.shape[0] // k.shape[0] % 2 == 0 and all(t.stride(0) == head or t.shape[0] == 1 for t in (q, k, v, *others))
     return plain and paired and usable(launch.arch_of(q), NAME)
 
@@ -338,7 +340,7 @@ def _walk(kernel, q, k, made: list, sums: tuple, edges, scale: float, tile) -> b
     programs = launch.persistent_programs(q.device)
     total = tokens // tile.bm * (heads // 2)
     return attempt(NAME, lambda: launch.run(
-        kernel, (min(programs, total),), tile, *made, *sums, edges, tokens // tile.bm, total, float(scale),
+        kernel, (min(programs, total),), tile, *made, *sums, edges.table, tokens // tile.bm, total, float(scale),
         HEADS=heads, GROUPS=heads // k.shape[0], D=head, B=tile.bm, STAGES=tile.stages, PROGRAMS=programs,
     ))  # fmt: skip
 

@@ -185,7 +185,7 @@ def backward_dkv(dout, q, k, v, lse, delta, dk, dv, edges, scale: float) -> bool
     made = describe_heads(tile, q, k, v, dout)
     return attempt(NAME, lambda: launch.run(
         dkv_specialized_kernel, (launch.cdiv(blocks, 2) * key_heads,), tile,
-        *made, dk, dv, lse, delta, edges, blocks, float(scale),
+        *made, dk, dv, lse, delta, edges.table, blocks, float(scale),
         KEY_HEADS=key_heads, GROUPS=q.shape[0] // key_heads, D=head, B=tile.bm, STAGES=tile.stages,
         DK_T=dk.stride(1), DV_T=dv.stride(1),
     ))  # fmt: skip

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fastlora.kernels.attention import attention_backward, attention_forward
+from fastlora.kernels.edges import Edges
 from fastlora.kernels.launch import arch_of
 from fastlora.kernels.tables import ATTENTION_BLOCK, ATTENTION_MAX_HEAD
 from fastlora.ops.attention_pieces import Rule
@@ -25,18 +26,16 @@ def fits(query: torch.Tensor, spans: tuple[tuple[int, int], ...], head: int) -> 
 
 
 @functools.lru_cache(maxsize=8)
-def document_edges(spans: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
-    """int32 [4, T / 64]: first token and end of the document that each block of 64 tokens lies in; the blocks by the keys that their queries
-    look at, most first; and the pairs of neighbouring blocks by the queries that look at their keys (half a row). The orders are those
-    in which a GPU gets work done soonest; no bit depends on them."""
-    edges = by_rows(np.array(spans, np.int32).reshape(-1, 2), spans, ATTENTION_BLOCK).T
+def document_edges(spans: tuple[tuple[int, int], ...], device: torch.device) -> Edges:
+    """The table of these documents."""
+    edges = by_rows(np.array(spans, np.int32).reshape(-1, 2), spans, ATTENTION_BLOCK).numpy().T
     starts = np.arange(edges.shape[1], dtype=np.int32) * ATTENTION_BLOCK
-    longest = np.argsort(edges[0] - starts, kind="stable")
+    before = starts - edges[0]
     ends = np.append(edges[1], edges[1][-1:])[: len(starts) + len(starts) % 2]
     pairs = np.argsort(starts[::2] - ends.reshape(-1, 2).max(1), kind="stable")
     table = np.zeros((4, len(starts)), np.int32)
-    table[:2], table[2], table[3, : len(pairs)] = edges, longest, pairs
-    return torch.from_numpy(table).to(device)
+    table[:2], table[2], table[3, : len(pairs)] = edges, np.argsort(-before, kind="stable"), pairs
+    return Edges(torch.from_numpy(table).to(device), bool(before.sum() < ATTENTION_BLOCK * len(starts)))
 
 
 class TritonAttention(torch.autograd.Function):
@@ -46,14 +45,14 @@ class TritonAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, spans, rule: Rule):
         edges = document_edges(spans, q.device)
         out, lse = attention_forward(q, k, v, edges, rule.scale, rule.window, rule.softcap)
-        ctx.save_for_backward(q, k, v, out, lse, edges)
-        ctx.rule = rule
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.rule, ctx.edges = rule, edges
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        q, k, v, out, lse, edges = ctx.saved_tensors
-        rule = ctx.rule
+        q, k, v, out, lse = ctx.saved_tensors
+        rule, edges = ctx.rule, ctx.edges
         grads = attention_backward(dout, q, k, v, out, lse, edges, rule.scale, rule.window, rule.softcap)
         return *grads, None, None

@@ -21,6 +21,7 @@ import torch
 from fastlora.errors import TrainingError
 from fastlora.kernels.attention import attention_backward, attention_forward
 from fastlora.kernels.chunks import Chunks
+from fastlora.kernels.edges import Edges
 from fastlora.kernels.glu import glu_backward, glu_forward
 from fastlora.kernels.rms_norm import norm_backward, norm_forward
 from fastlora.kernels.rope import head_norm_rotate, head_norm_rotate_backward, rotate
@@ -88,10 +89,10 @@ class Plan:
 
 @dataclasses.dataclass
 class Place:
-    """Where a call takes place: the stream, document edges (see ops/attention_triton.py), chunks of the token sums, RoPE's cos and sin [T, rotary]."""
+    """Where a call takes place: the stream, the documents' edges, chunks of the token sums, RoPE's cos and sin [T, rotary]."""
 
     stream: Stream
-    edges: torch.Tensor
+    edges: Edges
     chunks: Chunks
     cos: torch.Tensor | None
     sin: torch.Tensor | None

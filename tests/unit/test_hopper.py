@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 from triton.compiler.errors import CompilationError
 
 from fastlora.kernels import attention_specialized, attention_specialized_keys, gemm_specialized, hopper, launch, tables
+from fastlora.ops.attention_triton import document_edges
 
 if hopper.MISSING is not None:
     pytest.skip(f"this Triton has no Gluon: {hopper.MISSING}", allow_module_level=True)
@@ -74,6 +75,7 @@ def test_blocks_are_what_the_kernel_was_written_for(call):
 
 
 HEADS, KEY_HEADS, TOKENS, WIDTH = 4, 2, 192, 64
+EDGES = document_edges(((0, TOKENS),), torch.device("cpu"))
 
 
 def heads_of_one_buffer(*counts, tokens=TOKENS, width=WIDTH):
@@ -101,10 +103,10 @@ def on_hopper(monkeypatch):
 )  # fmt: skip
 def test_which_attention_the_specialised_kernels_serve(on_hopper, counts, width, window, softcap, served):
     q, k, v = heads_of_one_buffer(*counts, width=width)
-    assert attention_specialized.serves(q, k, v, window, softcap) is served
-    assert not attention_specialized.serves(q.float(), k.float(), v.float(), window, softcap)
+    assert attention_specialized.serves(q, k, v, EDGES, window, softcap) is served
+    assert not attention_specialized.serves(q.float(), k.float(), v.float(), EDGES, window, softcap)
     # heads that do not lie beside each other
-    assert not attention_specialized.serves(q, k, v, window, softcap, torch.zeros_like(q).contiguous())
+    assert not attention_specialized.serves(q, k, v, EDGES, window, softcap, torch.zeros_like(q).contiguous())
 
 
 def test_attention_that_does_not_compile_runs_on_the_portable_kernels(on_hopper, monkeypatch):
@@ -114,10 +116,10 @@ def test_attention_that_does_not_compile_runs_on_the_portable_kernels(on_hopper,
         raise CompilationError("async_load", None, "no such thing")
 
     monkeypatch.setattr(launch, "run", broken)
-    edges, lse = torch.zeros(4, TOKENS // 64, dtype=torch.int32), torch.zeros(HEADS, TOKENS)
+    edges, lse = EDGES, torch.zeros(HEADS, TOKENS)
     with pytest.warns(UserWarning, match="attention does not compile"):
         assert attention_specialized.forward(q, k, v, torch.zeros_like(q), lse, edges, 0.125) is False
-    assert not attention_specialized.serves(q, k, v, None, None)
+    assert not attention_specialized.serves(q, k, v, EDGES, None, None)
 
 
 def test_attention_is_launched_with_what_its_kernels_were_written_for(on_hopper, monkeypatch):
@@ -126,7 +128,7 @@ def test_attention_is_launched_with_what_its_kernels_were_written_for(on_hopper,
     q, k, v = heads_of_one_buffer(HEADS, KEY_HEADS, KEY_HEADS)
     dq, dk, dv = heads_of_one_buffer(HEADS, KEY_HEADS, KEY_HEADS)
     dout, (lse, delta) = heads_of_one_buffer(HEADS)[0], torch.zeros(2, HEADS, TOKENS)
-    edges = torch.zeros(4, TOKENS // 64, dtype=torch.int32)
+    edges = EDGES
     assert attention_specialized.forward(q, k, v, dout, lse, edges, 0.125)
     assert attention_specialized.backward_dq(dout, q, k, v, lse, delta, dq, edges, 0.125)
     assert attention_specialized_keys.backward_dkv(dout, q, k, v, lse, delta, dk, dv, edges, 0.125)
@@ -139,3 +141,32 @@ def test_attention_is_launched_with_what_its_kernels_were_written_for(on_hopper,
         assert made[0].base.data_ptr() == q.data_ptr() and made[1].base.data_ptr() == k.data_ptr()
         assert (constants["GROUPS"], constants["D"], constants["B"], constants["STAGES"]) == (2, WIDTH, 64, 3)
     assert (seen[2][2]["DK_T"], seen[2][2]["DV_T"]) == (rows, rows)
+
+
+def spans(*lengths):
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    return tuple(zip([0, *ends], ends))
+
+
+@pytest.mark.parametrize(
+    "lengths, orders, short",
+    [
+        ((64,), ([0], [0]), True), ((64, 192, 64), ([3, 2, 0, 1, 4], [0, 1, 2]), True), ((128, 256), ([5, 4, 1, 3, 0, 2], [1, 0, 2]), False),
+        ((192,), ([2, 1, 0], [0, 1]), False), ((128,) * 4, ([1, 3, 5, 7, 0, 2, 4, 6], [0, 1, 2, 3]), True),
+    ],
+)  # fmt: skip
+def test_edges_order_blocks_by_their_walks(lengths, orders, short):
+    found = document_edges(spans(*lengths), torch.device("cpu"))
+    blocks = sum(lengths) // 64
+    assert found.table.dtype == torch.int32 and found.table.shape == (4, blocks)
+    firsts = [start for start, end in spans(*lengths) for _ in range(start, end, 64)]
+    ends = [end for start, end in spans(*lengths) for _ in range(start, end, 64)]
+    assert found.table[:2].tolist() == [firsts, ends]
+    assert found.table[2].tolist() == orders[0] and found.table[3, : (blocks + 1) // 2].tolist() == orders[1]
+    assert found.short is short
+
+
+def test_short_walks_are_left_to_the_portable_kernels(on_hopper):
+    q, k, v = heads_of_one_buffer(HEADS, KEY_HEADS, KEY_HEADS)
+    assert attention_specialized.serves(q, k, v, EDGES, None, None)
+    assert not attention_specialized.serves(q, k, v, document_edges(spans(64, 128), q.device), None, None)
