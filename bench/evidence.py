@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from torch import nn
 
+from bench.into import earlier, marked
 from bench.provenance import provenance, result_path, write_result
 from fastlora import demo_data, packing, setup, stream
 from fastlora.config import LoraConfig
@@ -217,6 +218,8 @@ def main(
     time_limit: Annotated[float, typer.Option(help="Seconds after which no further run is begun.")] = 480.0,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     commit: Annotated[str | None, typer.Option(help="Commit to record, for a copy of the tree without git.")] = None,
+    into: Annotated[str | None, typer.Option(help="An earlier result of the same model, sizes and device: its runs are kept, only "
+                                             "those that it lacks are made.")] = None,
 ) -> None:
     """Measure what the advice stands on; the result is written after every run."""
     begun, size = time.monotonic(), QUICK if quick else WHOLE
@@ -227,8 +230,11 @@ def main(
         bench = Bench(model, size, pathlib.Path(folder), device)
         found |= {"dtype": str(bench.base.dtype).removeprefix("torch."), "model": type(bench.base).__name__,
                   "parameters": sum(p.numel() for p in bench.base.parameters()), "train_rows": size.batch * size.steps}
+        done = {_key(row): row for row in (earlier(into, found) if into else [])}
         for run in plan_of(size):
-            if time.monotonic() - begun > time_limit:
+            if _key(run) in done:
+                row = marked(done[_key(run)], found["provenance"]["commit"])
+            elif time.monotonic() - begun > time_limit:
                 row = run | {"not_run": f"the time limit of {time_limit:.0f} s was reached"}
             else:
                 row = run | run_one(bench, run)
@@ -236,6 +242,10 @@ def main(
             found["seconds"] = round(time.monotonic() - begun, 1)
             write_result(path, found)
             typer.echo(line(row))
+
+
+def _key(run: dict) -> tuple:
+    return run["question"], run["system"], run.get("rank"), run["rate"]
 
 
 def line(row: dict) -> str:

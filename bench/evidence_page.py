@@ -43,7 +43,10 @@ def text_of(found: tuple[str, dict] | None) -> str:
     if _ladder(result):
         parts.append("![Gradient norm and held-out loss by rank](advice.svg)")
     missing = len(result["rows"]) - len(rows)
+    earlier = sorted({row["commit"][:9] for row in rows if "commit" in row})
+    older = sum("commit" in row for row in rows)
     parts.append(f"From `bench/results/{name}`, commit {result['provenance']['commit'][:9]}"
+                 + (f"; {older} of its {len(rows)} runs at {', '.join(earlier)}" if older else "")
                  + (f"; {missing} runs of the plan fell to the time limit." if missing else "."))
     return "\n\n".join(part for part in parts if part) + "\n"
 
