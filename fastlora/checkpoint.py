@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fastlora.adapter import adapter_state
 from fastlora.digest import adapter_tensors
 from fastlora.errors import InputError, TrainingError
 
@@ -84,8 +85,8 @@ class Room:
         return self
 
     def copied(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copies of ``tensors`` [any shape, dtype] by name, those of a GPU perhaps still under way: in the room, or beside it where one is
-        not fp32 or there is no place left. Neighbours travel together: a copy of each by itself would cost more than its bytes."""
+        """Copies of ``tensors`` [any shape, dtype] by name: in the room, or beside it where one is not fp32 or there is no place left.
+        Neighbours travel together: a copy of each by itself would cost more than its bytes."""
         copies, together, at = {}, [], self._used
         for name, tensor in tensors.items():
             tensor, end = tensor.detach(), self._used + tensor.numel()
@@ -104,7 +105,7 @@ class Room:
 
     def _fill(self, at: int, tensors: list[torch.Tensor]) -> None:
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        self._kept[at : at + flat.numel()].copy_(flat, non_blocking=True)
+        self._kept[at : at + flat.numel()].copy_(flat)
 
 
 def _host_memory(elements: int, locked: bool) -> torch.Tensor:
@@ -118,13 +119,10 @@ def _host_memory(elements: int, locked: bool) -> torch.Tensor:
 def take(step: int, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict, extra: dict, room: Room | None = None) -> Taken:
     """Copy adapter, optimiser and position to the host: into ``room``, which what was taken before must not need any more."""
     room = Room(model) if room is None else room.empty()
-    adapter = room.copied(dict(sorted(adapter_tensors(model).items())))
+    adapter = room.copied(adapter_state(model))
     tensors, scalars = _split(optimizer.state_dict())
-    tensors = room.copied(tensors)
     state = {"layout": LAYOUT, "step": step, "identity": identity, "extra": extra, "optimizer": scalars}
-    for device in {p.device for p in model.parameters() if p.is_cuda}:
-        torch.cuda.synchronize(device)
-    return Taken(step, adapter, tensors, copy.deepcopy(state))
+    return Taken(step, adapter, room.copied(tensors), copy.deepcopy(state))
 
 
 def write(folder: str | os.PathLike, taken: Taken, keep: int = 2, best: int | None = None) -> pathlib.Path:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from fastlora import dropout_rate
 from fastlora.errors import InputError
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -139,7 +140,7 @@ class LoraConfig:
             object.__setattr__(self, "lora_alpha", self.r)
         _check_alpha("lora_alpha", self.lora_alpha)
         p = self.lora_dropout
-        if not _is_number(p) or not (p == 0 or 2**-16 <= p <= 1 - 2**-16):
+        if not _is_number(p) or not dropout_rate.allowed(p):
             raise _wrong("lora_dropout", p, "a probability: 0, or from 2^-16 to 1 - 2^-16")
         _check_bool("use_rslora", self.use_rslora)
         if self.bias != "none":

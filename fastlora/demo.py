@@ -95,7 +95,8 @@ def run_demo(output: str, *, model: str | None = None, steps: int | None = None,
     atomic_write_text(folder / "demo.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     say(f"done in {seconds:.0f} s. Adapter, report, log and loss.png lie in {folder / 'run'}/, this summary in "
         f"{folder / 'demo.json'}.", markup=False)
-    say("Next: train on a file of your own, one JSON object a line with prompt and completion, messages, conversations, instruction and output, or text:", markup=False)
+    say("Next: train on a file of your own, one JSON object a line with prompt and completion, messages, conversations, instruction "
+        "and output, or text:", markup=False)
     call = rundir.own_command()
     say(f"  {call} train --model {source} --data YOURS.jsonl --output my-adapter", markup=False)
     say(f"  {call} generate --model {source} --adapter {folder / 'run'} --prompt 'def add(a, b): ...'", markup=False)

@@ -61,12 +61,13 @@ if MISSING is None:
 
     @gluon.jit
     def load_walks(
-        d_q, d_k, d_v, d_do, s_q, s_do, s_k, s_v, q_full, q_empty, k_full, k_empty, v_full, v_empty, p_edges, blocks, total,
+        d_q, d_k, d_v, d_do, s_q, s_do, s_k, s_v, bars, p_edges, blocks, total,
         WITH_DO: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr,
         PROGRAMS: gl.constexpr,
     ):  # fmt: skip
         """The loading warp: the queries of every tile (and dO, WITH_DO), and the keys and values that they look at: the diagonal's block,
         then all before it from the document's start."""
+        q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
         turn = 0
         seen = 0
         for i in range((total + PROGRAMS - 1) // PROGRAMS):
@@ -112,10 +113,11 @@ if MISSING is None:
 
     @gluon.jit
     def forward_rows(
-        HALF: gl.constexpr, d_out, p_lse, s_q, s_k, s_v, s_out, q_full, q_empty, k_full, k_empty, v_full, v_empty, p_edges, blocks, total, scale,
+        HALF: gl.constexpr, d_out, p_lse, s_q, s_k, s_v, s_out, bars, p_edges, blocks, total, scale,
         HEADS: gl.constexpr, D: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
     ):  # fmt: skip
         """A warpgroup of the forward: the first (HALF = 0) or second head of every tile of this program."""
+        q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
         scores: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, B, 16])
         values: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
         left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=values, k_width=2)
@@ -174,11 +176,12 @@ if MISSING is None:
 
     @gluon.jit
     def dq_step(
-        b_q, b_do, b_lse, b_delta, b_acc, b_ds, s_k, s_v, k_full, k_empty, v_full, v_empty, turn, c,
+        b_q, b_do, b_lse, b_delta, b_acc, b_ds, s_k, s_v, bars, turn, c,
         DIAGONAL: gl.constexpr, SCORES: gl.constexpr, LEFT: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr,
     ):  # fmt: skip
         """dQ (without the scale) after one block of keys, its product left running. The diagonal's block is the first: there is no product
         before it to wait for."""
+        q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
         stage = turn % STAGES
         b_s = begin(b_q, s_k, k_full, turn, SCORES, B, STAGES)
         b_dp = begin(b_do, s_v, v_full, turn, SCORES, B, STAGES)
@@ -197,11 +200,11 @@ if MISSING is None:
 
     @gluon.jit
     def dq_rows(
-        HALF: gl.constexpr, d_dq, p_lse, p_delta, s_q, s_do, s_k, s_v, s_out, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-        p_edges, blocks, total, scale,
+        HALF: gl.constexpr, d_dq, p_lse, p_delta, s_q, s_do, s_k, s_v, s_out, bars, p_edges, blocks, total, scale,
         HEADS: gl.constexpr, D: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
     ):  # fmt: skip
         """A warpgroup of dQ: as :func:`forward_rows`."""
+        q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
         scores: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, B, 16])
         values: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
         left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=values, k_width=2)
@@ -223,14 +226,12 @@ if MISSING is None:
                 b_acc = gl.zeros((B, D), gl.float32, values)
                 b_ds = gl.zeros((B, B), d_dq.dtype, left)
                 b_acc, b_ds = dq_step(
-                    b_q, b_do, b_lse, b_delta, b_acc, b_ds, s_k, s_v, k_full, k_empty, v_full, v_empty, turn, c, True, scores, left, B,
-                    STAGES,
+                    b_q, b_do, b_lse, b_delta, b_acc, b_ds, s_k, s_v, bars, turn, c, True, scores, left, B, STAGES,
                 )
                 for _ in range((i_q * B - first) // B):
                     turn += 1
                     b_acc, b_ds = dq_step(
-                        b_q, b_do, b_lse, b_delta, b_acc, b_ds, s_k, s_v, k_full, k_empty, v_full, v_empty, turn, c, False, scores, left,
-                        B, STAGES,
+                        b_q, b_do, b_lse, b_delta, b_acc, b_ds, s_k, s_v, bars, turn, c, False, scores, left, B, STAGES,
                     )
                 mbarrier.arrive(q_empty)
                 b_acc, b_ds = warpgroup_mma_wait(0, deps=[b_acc, b_ds])
@@ -247,6 +248,15 @@ if MISSING is None:
             mbarrier.init(bars.index(i), count=arrivals)
         return bars
 
+    @gluon.jit
+    def rings(d_k, d_v, B: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
+        """Places of keys and of values, the barriers of a tile's queries, and those of both rings: full and empty."""
+        s_k = gl.allocate_shared_memory(d_k.dtype, [STAGES, B, D], d_k.layout)
+        s_v = gl.allocate_shared_memory(d_v.dtype, [STAGES, B, D], d_v.layout)
+        q_full, q_empty = ring(1, 1).index(0), ring(1, 2).index(0)
+        k_full, k_empty, v_full, v_empty = ring(STAGES, 1), ring(STAGES, 2), ring(STAGES, 1), ring(STAGES, 2)
+        return s_k, s_v, (q_full, q_empty, k_full, k_empty, v_full, v_empty)
+
     @gluon.jit(do_not_specialize=["blocks", "total"])
     def forward_specialized_kernel(
         d_q, d_k, d_v, d_out, p_lse, p_edges, blocks, total, scale,
@@ -256,24 +266,18 @@ if MISSING is None:
         [4, blocks]: see edges.py."""
         s_q = gl.allocate_shared_memory(d_q.dtype, [2, B, D], d_q.layout)
         s_out = gl.allocate_shared_memory(d_q.dtype, [2, B, D], d_out.layout)
-        s_k = gl.allocate_shared_memory(d_q.dtype, [STAGES, B, D], d_k.layout)
-        s_v = gl.allocate_shared_memory(d_q.dtype, [STAGES, B, D], d_v.layout)
-        q_full, q_empty = ring(1, 1).index(0), ring(1, 2).index(0)
-        k_full, k_empty, v_full, v_empty = ring(STAGES, 1), ring(STAGES, 2), ring(STAGES, 1), ring(STAGES, 2)
+        s_k, s_v, bars = rings(d_k, d_v, B, D, STAGES)
         # Registers: 240 a thread for the two that multiply, 24 for the one that loads.
         gl.warp_specialize(
             [
                 (forward_rows, (
-                    0, d_out, p_lse, s_q, s_k, s_v, s_out, q_full, q_empty, k_full, k_empty, v_full, v_empty, p_edges, blocks, total, scale,
-                    HEADS, D, B, STAGES, PROGRAMS,
+                    0, d_out, p_lse, s_q, s_k, s_v, s_out, bars, p_edges, blocks, total, scale, HEADS, D, B, STAGES, PROGRAMS,
                 )),
                 (forward_rows, (
-                    1, d_out, p_lse, s_q, s_k, s_v, s_out, q_full, q_empty, k_full, k_empty, v_full, v_empty, p_edges, blocks, total, scale,
-                    HEADS, D, B, STAGES, PROGRAMS,
+                    1, d_out, p_lse, s_q, s_k, s_v, s_out, bars, p_edges, blocks, total, scale, HEADS, D, B, STAGES, PROGRAMS,
                 )),
                 (load_walks, (
-                    d_q, d_k, d_v, d_q, s_q, s_q, s_k, s_v, q_full, q_empty, k_full, k_empty, v_full, v_empty, p_edges, blocks, total,
-                    False, HEADS, GROUPS, D, B, STAGES, PROGRAMS,
+                    d_q, d_k, d_v, d_q, s_q, s_q, s_k, s_v, bars, p_edges, blocks, total, False, HEADS, GROUPS, D, B, STAGES, PROGRAMS,
                 )),
             ],
             [4, 1],
@@ -289,23 +293,19 @@ if MISSING is None:
         s_q = gl.allocate_shared_memory(d_q.dtype, [2, B, D], d_q.layout)
         s_do = gl.allocate_shared_memory(d_q.dtype, [2, B, D], d_do.layout)
         s_out = gl.allocate_shared_memory(d_q.dtype, [2, B, D], d_dq.layout)
-        s_k = gl.allocate_shared_memory(d_q.dtype, [STAGES, B, D], d_k.layout)
-        s_v = gl.allocate_shared_memory(d_q.dtype, [STAGES, B, D], d_v.layout)
-        q_full, q_empty = ring(1, 1).index(0), ring(1, 2).index(0)
-        k_full, k_empty, v_full, v_empty = ring(STAGES, 1), ring(STAGES, 2), ring(STAGES, 1), ring(STAGES, 2)
+        s_k, s_v, bars = rings(d_k, d_v, B, D, STAGES)
         gl.warp_specialize(
             [
                 (dq_rows, (
-                    0, d_dq, p_lse, p_delta, s_q, s_do, s_k, s_v, s_out, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                    p_edges, blocks, total, scale, HEADS, D, B, STAGES, PROGRAMS,
+                    0, d_dq, p_lse, p_delta, s_q, s_do, s_k, s_v, s_out, bars, p_edges, blocks, total, scale,
+                    HEADS, D, B, STAGES, PROGRAMS,
                 )),
                 (dq_rows, (
-                    1, d_dq, p_lse, p_delta, s_q, s_do, s_k, s_v, s_out, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                    p_edges, blocks, total, scale, HEADS, D, B, STAGES, PROGRAMS,
+                    1, d_dq, p_lse, p_delta, s_q, s_do, s_k, s_v, s_out, bars, p_edges, blocks, total, scale,
+                    HEADS, D, B, STAGES, PROGRAMS,
                 )),
                 (load_walks, (
-                    d_q, d_k, d_v, d_do, s_q, s_do, s_k, s_v, q_full, q_empty, k_full, k_empty, v_full, v_empty, p_edges, blocks, total,
-                    True, HEADS, GROUPS, D, B, STAGES, PROGRAMS,
+                    d_q, d_k, d_v, d_do, s_q, s_do, s_k, s_v, bars, p_edges, blocks, total, True, HEADS, GROUPS, D, B, STAGES, PROGRAMS,
                 )),
             ],
             [4, 1],
@@ -329,29 +329,27 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided((tokens, heads * head), (tensor.stride(1), 1))
 
 
-def describe_heads(tile, *tensors: torch.Tensor) -> list:
+def describe_heads(tile, tensors: tuple[torch.Tensor, ...]) -> list:
     """Descriptors of [H, T, D] tensors for blocks of a head."""
     return [launch.descriptor(flat(t), tile.bm, t.shape[2], make=describe) for t in tensors]
 
 
-def _walk(kernel, q, k, made: list, sums: tuple, edges, scale: float, tile) -> bool:
-    """Launch one of the two walks over keys on a persistent grid."""
-    heads, tokens, head = q.shape
-    programs = launch.persistent_programs(q.device)
+def _walk(kernel, tensors: tuple[torch.Tensor, ...], sums: tuple[torch.Tensor, ...], edges: Edges, scale: float) -> bool:
+    """Launch one of the two walks over keys on a persistent grid; ``tensors`` [H, T, D] begin with q and k."""
+    tile, (heads, tokens, head) = attention_specialized_tile(), tensors[0].shape
+    programs = launch.persistent_programs(tensors[0].device)
     total = tokens // tile.bm * (heads // 2)
     return attempt(NAME, lambda: launch.run(
-        kernel, (min(programs, total),), tile, *made, *sums, edges.table, tokens // tile.bm, total, float(scale),
-        HEADS=heads, GROUPS=heads // k.shape[0], D=head, B=tile.bm, STAGES=tile.stages, PROGRAMS=programs,
+        kernel, (min(programs, total),), tile, *describe_heads(tile, tensors), *sums, edges.table, tokens // tile.bm, total, float(scale),
+        HEADS=heads, GROUPS=heads // tensors[1].shape[0], D=head, B=tile.bm, STAGES=tile.stages, PROGRAMS=programs,
     ))  # fmt: skip
 
 
-def forward(q, k, v, out, lse, edges, scale: float) -> bool:
+def forward(q, k, v, out, lse, edges: Edges, scale: float) -> bool:
     """Fill out [Hq, T, D] (a view) and lse; arguments as of ``attention.attention_forward``; False: see ``hopper.attempt``."""
-    tile = attention_specialized_tile()
-    return _walk(forward_specialized_kernel, q, k, describe_heads(tile, q, k, v, out), (lse,), edges, scale, tile)
+    return _walk(forward_specialized_kernel, (q, k, v, out), (lse,), edges, scale)
 
 
-def backward_dq(dout, q, k, v, lse, delta, dq, edges, scale: float) -> bool:
+def backward_dq(dout, q, k, v, lse, delta, dq, edges: Edges, scale: float) -> bool:
     """Fill dq [Hq, T, D] (a view); dout [Hq, T, D]; the others as of ``attention.attention_backward``; False: see ``hopper.attempt``."""
-    tile = attention_specialized_tile()
-    return _walk(dq_specialized_kernel, q, k, describe_heads(tile, q, k, v, dout, dq), (lse, delta), edges, scale, tile)
+    return _walk(dq_specialized_kernel, (q, k, v, dout, dq), (lse, delta), edges, scale)

@@ -42,10 +42,11 @@ if MISSING is None:
 
     @gluon.jit
     def load_queries(
-        d_q, d_k, d_v, d_do, s_q, s_do, s_k, s_v, kv_full, q_full, q_empty, do_full, do_empty, p_edges, blocks,
+        d_q, d_k, d_v, d_do, s_q, s_do, s_k, s_v, kv_full, bars, p_edges, blocks,
         KEY_HEADS: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr,
     ):  # fmt: skip
         """The loading warp: keys and values once, then queries and dO of each head of the group."""
+        q_full, q_empty, do_full, do_empty = bars
         _, i_h, start, end = work_of(p_edges, blocks, KEY_HEADS, B)
         mbarrier.expect(kv_full, 4 * B * D * 2)
         for i_half in gl.static_range(2):
@@ -60,8 +61,9 @@ if MISSING is None:
                 turn += 1
 
     @gluon.jit
-    def let_by(q_full, q_empty, do_full, do_empty, turn, start, end, B: gl.constexpr, STAGES: gl.constexpr):
+    def let_by(bars, turn, start, end, B: gl.constexpr, STAGES: gl.constexpr):
         """Queries that a warpgroup has no part in."""
+        q_full, q_empty, do_full, do_empty = bars
         for _ in range(start, end, B):
             stage = turn % STAGES
             phase = (turn // STAGES) & 1
@@ -74,10 +76,11 @@ if MISSING is None:
 
     @gluon.jit
     def dkv_step(
-        b_k, b_v, b_dk, b_dv, s_q, s_do, q_full, q_empty, do_full, do_empty, turn, p_lse, p_delta, at, c,
+        b_k, b_v, b_dk, b_dv, s_q, s_do, bars, turn, p_lse, p_delta, at, c,
         DIAGONAL: gl.constexpr, D: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr,
     ):  # fmt: skip
         """dK (without the scale) and dV after one block of queries; scores are keys by queries, as in attention.py."""
+        q_full, q_empty, do_full, do_empty = bars
         scores: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, B, 16])
         values: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
         left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=values, k_width=2)
@@ -108,7 +111,7 @@ if MISSING is None:
 
     @gluon.jit
     def dkv_rows(
-        HALF: gl.constexpr, p_dk, p_dv, p_lse, p_delta, s_q, s_do, s_k, s_v, kv_full, q_full, q_empty, do_full, do_empty, p_edges, blocks,
+        HALF: gl.constexpr, p_dk, p_dv, p_lse, p_delta, s_q, s_do, s_k, s_v, kv_full, bars, p_edges, blocks,
         scale, KEY_HEADS: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr,
         DK_T: gl.constexpr, DV_T: gl.constexpr,
     ):  # fmt: skip
@@ -125,24 +128,24 @@ if MISSING is None:
         turn = 0
         if start < end:
             for i_member in range(GROUPS):
-                turn = let_by(q_full, q_empty, do_full, do_empty, turn, low, start, B, STAGES)
+                turn = let_by(bars, turn, low, start, B, STAGES)
                 row = (i_h * GROUPS + i_member) * blocks * B
                 b_dk, b_dv = dkv_step(
-                    b_k, b_v, b_dk, b_dv, s_q, s_do, q_full, q_empty, do_full, do_empty, turn, p_lse, p_delta, row + start, c, True, D, B, STAGES,
+                    b_k, b_v, b_dk, b_dv, s_q, s_do, bars, turn, p_lse, p_delta, row + start, c, True, D, B, STAGES,
                 )
                 turn += 1
                 for i_q in range(start + B, end, B):
                     b_dk, b_dv = dkv_step(
-                        b_k, b_v, b_dk, b_dv, s_q, s_do, q_full, q_empty, do_full, do_empty, turn, p_lse, p_delta, row + i_q, c, False, D, B, STAGES,
+                        b_k, b_v, b_dk, b_dv, s_q, s_do, bars, turn, p_lse, p_delta, row + i_q, c, False, D, B, STAGES,
                     )
                     turn += 1
-                turn = let_by(q_full, q_empty, do_full, do_empty, turn, end, high, B, STAGES)
+                turn = let_by(bars, turn, end, high, B, STAGES)
             o_t = (start + gl.arange(0, B, gl.SliceLayout(1, values))).to(gl.int64)[:, None]
             o_d = i_h * D + gl.arange(0, D, gl.SliceLayout(0, values))[None, :]
             gl.store(p_dk + o_t * DK_T + o_d, (b_dk * scale).to(s_q.dtype))
             gl.store(p_dv + o_t * DV_T + o_d, b_dv.to(s_q.dtype))
         else:
-            let_by(q_full, q_empty, do_full, do_empty, turn, 0, (high - low) * GROUPS, B, STAGES)
+            let_by(bars, turn, 0, (high - low) * GROUPS, B, STAGES)
 
     @gluon.jit(do_not_specialize=["blocks"])
     def dkv_specialized_kernel(
@@ -157,19 +160,19 @@ if MISSING is None:
         s_q = gl.allocate_shared_memory(d_q.dtype, [STAGES, B, D], d_q.layout)
         s_do = gl.allocate_shared_memory(d_q.dtype, [STAGES, B, D], d_do.layout)
         kv_full = ring(1, 1).index(0)
-        q_full, q_empty, do_full, do_empty = ring(STAGES, 1), ring(STAGES, 2), ring(STAGES, 1), ring(STAGES, 2)
+        bars = (ring(STAGES, 1), ring(STAGES, 2), ring(STAGES, 1), ring(STAGES, 2))
         gl.warp_specialize(
             [
                 (dkv_rows, (
-                    0, p_dk, p_dv, p_lse, p_delta, s_q, s_do, s_k, s_v, kv_full, q_full, q_empty, do_full, do_empty, p_edges, blocks, scale,
+                    0, p_dk, p_dv, p_lse, p_delta, s_q, s_do, s_k, s_v, kv_full, bars, p_edges, blocks, scale,
                     KEY_HEADS, GROUPS, D, B, STAGES, DK_T, DV_T,
                 )),
                 (dkv_rows, (
-                    1, p_dk, p_dv, p_lse, p_delta, s_q, s_do, s_k, s_v, kv_full, q_full, q_empty, do_full, do_empty, p_edges, blocks, scale,
+                    1, p_dk, p_dv, p_lse, p_delta, s_q, s_do, s_k, s_v, kv_full, bars, p_edges, blocks, scale,
                     KEY_HEADS, GROUPS, D, B, STAGES, DK_T, DV_T,
                 )),
                 (load_queries, (
-                    d_q, d_k, d_v, d_do, s_q, s_do, s_k, s_v, kv_full, q_full, q_empty, do_full, do_empty, p_edges, blocks,
+                    d_q, d_k, d_v, d_do, s_q, s_do, s_k, s_v, kv_full, bars, p_edges, blocks,
                     KEY_HEADS, GROUPS, D, B, STAGES,
                 )),
             ],
@@ -182,7 +185,7 @@ def backward_dkv(dout, q, k, v, lse, delta, dk, dv, edges, scale: float) -> bool
     """Fill dk, dv [Hk, T, D] (views); dout [Hq, T, D]; the others as of ``attention.attention_backward``; False: see ``hopper.attempt``."""
     tile = attention_specialized_tile()
     blocks, key_heads, head = q.shape[1] // tile.bm, k.shape[0], q.shape[2]
-    made = describe_heads(tile, q, k, v, dout)
+    made = describe_heads(tile, (q, k, v, dout))
     return attempt(NAME, lambda: launch.run(
         dkv_specialized_kernel, (launch.cdiv(blocks, 2) * key_heads,), tile,
         *made, dk, dv, lse, delta, edges.table, blocks, float(scale),

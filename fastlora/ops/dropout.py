@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fastlora.dropout_rate import STEPS, allowed
 from fastlora.errors import InputError
 from fastlora.stream import splitmix64
 
@@ -29,9 +30,6 @@ _LOW = 0xFFFFFFFF
 _MULTIPLY = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-# Probabilities are multiples of 1 / STEPS.
-STEPS = 1 << 16
-SMALLEST = 1.0 / STEPS
 ALLOWED = "0, or from 2^-16 to 1 - 2^-16 (it is rounded to a multiple of 2^-16)"
 
 
@@ -66,9 +64,7 @@ def threshold(p: float) -> int:
     Raises:
         InputError: ``p`` is neither 0 nor in [2^-16, 1 - 2^-16].
     """
-    if p == 0.0:
-        return 0
-    if not SMALLEST <= p <= 1.0 - SMALLEST:
+    if not allowed(p):
         raise InputError(f"dropout is {p}; allowed: {ALLOWED}")
     return round(p * STEPS)
 

@@ -24,8 +24,8 @@ from fastlora.kernels.gemm import gemm
 from fastlora.kernels.launch import Dropout
 from fastlora.kernels.project import project
 from fastlora.kernels.token_sum import Sink, sum_a
-from fastlora.ops.dropout import keep_scale, module_key, threshold
-from fastlora.ops.triton_path import low_rank_gradients
+from fastlora.ops.dropout import module_key
+from fastlora.ops.triton_path import kernel_dropout, low_rank_gradients
 from fastlora.stream import Stream
 from fastlora.token_sum import TokenSum
 
@@ -178,8 +178,7 @@ class Projections:
         if first is None or not first.training or first.lora_dropout == 0.0:
             return None
         seeds = tuple(module_key(stream.seed, stream.step, m.path) for m in self.adapted)
-        p = first.lora_dropout
-        return Dropout(threshold(p), keep_scale(p), seeds, stream.token_keys(device))
+        return kernel_dropout(first.lora_dropout, seeds, stream.token_keys(device))
 
     def low(self, x: torch.Tensor, dropout: Dropout | None) -> torch.Tensor | None:
         """x [M, K] -> s [M, columns], or None without an adapter."""

@@ -28,8 +28,13 @@ def kernel_ready(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
+def kernel_dropout(p: float, seeds: tuple[int, ...], tokens: torch.Tensor) -> Dropout:
+    """What the kernels are told of a dropout: a seed a projection, a key a token."""
+    return Dropout(threshold(p), keep_scale(p), seeds, kernel_ready(tokens))
+
+
 def _dropout(p: float, key) -> Dropout | None:
-    return None if p == 0.0 else Dropout(threshold(p), keep_scale(p), (key.seed,), kernel_ready(key.tokens))
+    return None if p == 0.0 else kernel_dropout(p, (key.seed,), key.tokens)
 
 
 def padded_a(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
