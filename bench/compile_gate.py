@@ -86,16 +86,19 @@ def build_arguments(case: Case):
     if case.operation in gate_adamw.OPERATIONS:
         return gate_adamw.build_arguments(case)
     if case.operation in gate_specialized.OPERATIONS:
-        return gate_specialized.build_arguments(case, element)
+        return gate_specialized.build_arguments(case, element, layout)
     if case.operation in gate_rows.OPERATIONS:
         return gate_rows.build_arguments(case, element)
-    if case.operation == "project":
-        columns = layout.padded if case.dropout else min(layout.columns, 256)
+    if case.operation in ("project", "ds"):
+        apart = case.operation == "ds"
+        columns = layout.padded if case.dropout or apart else min(layout.columns, 256)
+        ranges = (layout.starts, layout.widths) if apart else ((0,), (case.inner,))
+        (*starts,), (*widths,) = ((*numbers, 0, 0)[:3] for numbers in ranges)
         tile = tables.project_tile(case.arch, case.dtype, columns)
         signature = {"p_x": element, "p_w": element, "p_s": element, "p_scale": "*fp32", "p_token": "*i64", "M": "i32"} | drop
         constants = dict(
-            F=case.inner, LR=layout.columns, W_R=case.inner, W_F=1, DROPOUT=case.dropout, PRECISION=precision,
-            BM=tile.bm, BF=tile.bk, C=columns,
+            LD=case.outer if apart else case.inner, LR=layout.columns, W_R=1 if apart else case.inner, W_F=layout.columns if apart else 1,
+            START0=starts[0], START1=starts[1], START2=starts[2], F0=widths[0], F1=widths[1], F2=widths[2], DROPOUT=case.dropout, PRECISION=precision, BM=tile.bm, BF=tile.bk, C=columns,
         )  # fmt: skip
         return project_file.project_kernel, tile, signature, constants
     if case.operation in ("da", "db", "db_ds"):
@@ -218,7 +221,7 @@ def all_cases() -> list[Case]:
         cases += [Case(op, arch, torch.float32) for op in ("gemm", "project", "da", "db_ds")]
         cases += [Case("gemm", arch, rank=rank, inner=inner) for rank in (32, 64) for inner in (16, 64, 128)]
         cases += [Case(op, arch, rank=rank, outer=6144, count=3) for rank in (16, 64) for op in ("project", "da")]
-        cases += [Case("db_ds", arch, outer=6144, count=3), Case("da", arch, rank=16, count=2)]
+        cases += [Case("ds", arch, rank=64, outer=6144, count=3), Case("db_ds", arch, outer=6144, count=3), Case("da", arch, rank=16, count=2)]
         cases += [Case("gemm", arch, outer=6144, count=3), Case("gemm", arch, outer=6144, count=3, transposed=False)]
         cases += [Case("gemm", arch, outer=6144, count=3, transposed=False, dropout=True)]
         cases += [Case("gemm", arch, outer=257, inner=129), Case("gemm", arch, torch.float16)]

@@ -11,11 +11,13 @@ ATTENTION = {
     "attention_dq_specialized": (attention_specialized, "dq_specialized_kernel"),
     "attention_dkv_specialized": (attention_specialized_keys, "dkv_specialized_kernel"),
 }
-OPERATIONS = ("gemm_specialized", *ATTENTION)
+# The GEMM by the width of its tile; the widest is the one that big products take.
+GEMM = {f"gemm_specialized{'' if tile.bn == gemm_specialized.WIDEST else f'_{tile.bn}'}": tile for tile in tables.GEMM_SPECIALIZED}
+OPERATIONS = (*GEMM, *ATTENTION)
 
 
-def build_arguments(case, element: str):
-    """(kernel, tile, signature, constants) as the library launches it; ``element``: pointers to the dtype."""
+def build_arguments(case, element: str, layout):
+    """(kernel, tile, signature, constants) as the library launches it; ``element``: pointers to the dtype; ``layout``: of rank columns."""
     name = element.removeprefix("*")
 
     def block(rows, columns):
@@ -24,12 +26,13 @@ def build_arguments(case, element: str):
     if case.operation in ATTENTION:
         return _attention(case, element, block)
     n, k = (case.outer, case.inner) if case.transposed else (case.inner, case.outer)
-    tile = tables.gemm_tile(case.arch, case.dtype, dropout=False, tma=True, specialized=True)
+    tile = GEMM[case.operation]
+    rank, second, third = gemm_specialized.rank_columns(layout, layout.columns, tile, transposed=case.transposed)
     signature = {which: block(*size) for which, size in gemm_specialized.blocks_of(tile, transposed=case.transposed).items()}
     signature |= {"p_bias": element, "M": "i32"}
     constants = dict(
-        N=n, K=k, R=case.rank, TRANSPOSED=case.transposed, BIAS=case.dtype == torch.float16, BM=tile.bm, BN=tile.bn, BK=tile.bk,
-        STAGES=tile.stages, GROUP=tile.group, PROGRAMS=132,
+        N=n, K=k, R=rank, SECOND=second, THIRD=third, TRANSPOSED=case.transposed, BIAS=case.dtype == torch.float16,
+        BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group, PROGRAMS=132,
     )  # fmt: skip
     return gemm_specialized.gemm_specialized_kernel, tile, signature, constants
 
@@ -53,8 +56,10 @@ def all_cases(make) -> list:
     cases = [make("gemm_specialized", "sm_90", rank=rank, transposed=side) for rank in (16, 64, 256) for side in (True, False)]
     cases += [
         make("gemm_specialized", "sm_90", outer=1000, inner=1160), make("gemm_specialized", "sm_90", rank=64, inner=128),
-        make("gemm_specialized", "sm_90", torch.float16),
+        make("gemm_specialized", "sm_90", torch.float16), make("gemm_specialized", "sm_90", rank=64, outer=6144, count=3),
+        make("gemm_specialized", "sm_90", rank=64, outer=6144, count=3, transposed=False),
     ]  # fmt: skip
+    cases += [make(narrow, "sm_90", transposed=side) for narrow in GEMM if narrow != "gemm_specialized" for side in (True, False)]
     heads = attention_specialized.HEADS_WIDE
     cases += [make(op, "sm_90", outer=head, inner=0) for op in ATTENTION for head in heads]
     return cases + [make(op, "sm_90", torch.float16, outer=heads[-1], inner=0) for op in ATTENTION]

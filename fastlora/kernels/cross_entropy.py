@@ -68,8 +68,9 @@ def cross_entropy_kernel(
         loss += z_loss * normalizer * normalizer
     tl.store(p_loss + i_m, loss)
     if GRADIENT:
-        for i_v in range(0, V, BV):
-            o_v = i_v + tl.arange(0, BV)
+        # from the row's end, which the caches still hold
+        for i_back in range(0, V, BV):
+            o_v = (V - 1) // BV * BV - i_back + tl.arange(0, BV)
             b_x = tl.load(p_row + o_v, mask=o_v < V, other=0.0).to(tl.float32)
             b_z, b_slope = head_map(b_x, scale, softcap, SOFTCAP)
             b_p = tl.exp(b_z - top) / total

@@ -167,7 +167,7 @@ def stored_columns(tile, dropout: bool) -> int:
     return tile.bn // 4 if dropout else tile.bn // 2 if tile.halves else tile.bn
 
 
-def gemm(x, weight, s=None, b=None, bias=None, *, transposed, dropout=None, columns=None):
+def gemm(x, weight, s=None, b=None, bias=None, *, transposed, dropout=None, layout=None):
     """out [M, N] = x W' + D'(s B') + bias.
 
     Args:
@@ -175,8 +175,8 @@ def gemm(x, weight, s=None, b=None, bias=None, *, transposed, dropout=None, colu
         weight: [N, K] with ``transposed``, else [K, N]; contiguous, x's dtype.
         s: [M, R] or None (no rank-r product: the frozen linear); b: [N, R] with ``transposed``, else [R, N]. Rank columns of several
             projections lie side by side; b is then block-diagonal with ``transposed``.
-        columns: with dropout, columns of one projection; None: all R.
         bias: [N] or None.
+        layout: :class:`fastlora.kernels.columns.Columns` of the rank columns; None: one projection's.
         dropout: None, or :class:`fastlora.kernels.launch.Dropout` for D'.
     """
     rows, inner = x.shape
@@ -190,15 +190,13 @@ def gemm(x, weight, s=None, b=None, bias=None, *, transposed, dropout=None, colu
     tma = launch.can_use_tma(arch, x.dtype, inner, outer)
     ragged = launch.is_ragged(x.dtype, inner, outer)
     specialized = tma and not drop.active and hopper.usable(arch, gemm_specialized.NAME)
-    tile = launch.gemm_tile(arch, x.dtype, dropout=drop.active, tma=tma, ragged=ragged, specialized=specialized)
+    if specialized and gemm_specialized.run(x, weight, s, b, bias, out, transposed=transposed, layout=layout):
+        return out
+    tile = launch.gemm_tile(arch, x.dtype, dropout=drop.active, tma=tma, ragged=ragged)
     # without dropout the projections' products are one product; with it each has its own mask, and padding columns are left out
     count = len(dropout.seeds) if drop.active else 1
-    used = rank if columns is None or not drop.active else count * columns
+    used = rank if layout is None or not drop.active else count * layout.padded
     low_rank = min(used // count, tile.bk) if rank else 16
-    if specialized:
-        if gemm_specialized.run(x, weight, s, b, bias, out, tile, transposed=transposed):
-            return out
-        tile = launch.gemm_tile(arch, x.dtype, dropout=False, tma=True)
     common = dict(
         N=outer, K=inner, R=used, COUNT=count, TRANSPOSED=transposed, BIAS=bias is not None, DROPOUT=drop.active,
         BM=tile.bm, BN=tile.bn, BK=tile.bk, BR=low_rank, GROUP=tile.group,

@@ -28,6 +28,8 @@ from fastlora.kernels.hopper import (
 NAME = "GEMM"
 # Parts in which a warpgroup stores its columns: two buffers of a quarter are all the shared memory that four stages leave.
 PARTS = 4
+# Columns of the widest tile: a projection that begins at a multiple of it shares no tile of any width with another.
+WIDEST = 256
 
 
 if MISSING is None:
@@ -58,10 +60,20 @@ if MISSING is None:
             copy_in(d_w, [i_k, n0], bar, s_w.index(stage))
 
     @gluon.jit
+    def first_column(n0, R: gl.constexpr, SECOND: gl.constexpr, THIRD: gl.constexpr):
+        """First rank column of the projection to which the output features from n0 on belong; 0 where all tiles take all columns."""
+        first = n0 * 0
+        if SECOND > 0:
+            first += (n0 >= SECOND).to(gl.int32) * R
+        if THIRD > 0:
+            first += (n0 >= THIRD).to(gl.int32) * R
+        return first
+
+    @gluon.jit
     def load_tiles(
         d_x, d_w, d_s, d_b, s_x, s_w, full, empty, num_m,
-        N: gl.constexpr, K: gl.constexpr, R: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-        TRANSPOSED: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+        N: gl.constexpr, K: gl.constexpr, R: gl.constexpr, SECOND: gl.constexpr, THIRD: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+        BK: gl.constexpr, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
     ):  # fmt: skip
         """The loading warp: every block of every tile of this program, in order."""
         num_n: gl.constexpr = (N + BN - 1) // BN
@@ -71,8 +83,9 @@ if MISSING is None:
             for i_k in range(0, K, BK):
                 load_block(d_x, d_w, s_x, s_w, full, empty, turn, i_m * BM, i_n * BN, i_k, BM, BN, BK, STAGES, TRANSPOSED)
                 turn += 1
+            r0 = first_column(i_n * BN, R, SECOND, THIRD)
             for i_r in gl.static_range(0, R, BK):
-                load_block(d_s, d_b, s_x, s_w, full, empty, turn, i_m * BM, i_n * BN, i_r, BM, BN, BK, STAGES, TRANSPOSED)
+                load_block(d_s, d_b, s_x, s_w, full, empty, turn, i_m * BM, i_n * BN, r0 + i_r, BM, BN, BK, STAGES, TRANSPOSED)
                 turn += 1
 
     @gluon.jit
@@ -120,7 +133,7 @@ if MISSING is None:
                 b_acc = add_block(b_acc, s_x, s_w, full, empty, turn, i_k > 0, HALF, BK, BK, STAGES, TRANSPOSED)
                 turn += 1
             for _ in gl.static_range(0, R, BK):
-                # zeros fill a block beyond R: a low rank pays for its own columns alone
+                # a block may hold more than R columns: a low rank pays for its own alone
                 b_acc = add_block(b_acc, s_x, s_w, full, empty, turn, True, HALF, min(R, BK), BK, STAGES, TRANSPOSED)
                 turn += 1
             b_acc = warpgroup_mma_wait(0, deps=[b_acc])
@@ -143,11 +156,15 @@ if MISSING is None:
     @gluon.jit(do_not_specialize=["M"])
     def gemm_specialized_kernel(
         d_x, d_w, d_s, d_b, p_bias, d_y, M,
-        N: gl.constexpr, K: gl.constexpr, R: gl.constexpr, TRANSPOSED: gl.constexpr, BIAS: gl.constexpr,
-        BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+        N: gl.constexpr, K: gl.constexpr, R: gl.constexpr, SECOND: gl.constexpr, THIRD: gl.constexpr, TRANSPOSED: gl.constexpr,
+        BIAS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+        PROGRAMS: gl.constexpr,
     ):  # fmt: skip
-        """d_x [M, K]; d_w [N, K] if TRANSPOSED else [K, N]; d_s [M, R]; d_b [N, R] or [R, N] alike; d_y [M, N]: descriptors, of half a
-        tile's rows of x, s and y. Edges load zeros, and stores clip."""
+        """d_x [M, K]; d_w [N, K] if TRANSPOSED else [K, N]; d_s [M, LR]; d_b [N, LR] or [LR, N] alike; d_y [M, N]: descriptors, of half a
+        tile's rows of x, s and y. Edges load zeros, and stores clip.
+
+        A tile takes R rank columns: the first ones, or with SECOND and THIRD (the first output features of the second and the third
+        projection) those of its own projection, the rest of b's rows being zeros."""
         s_x = gl.allocate_shared_memory(d_x.dtype, [STAGES * 2, BM // 2, BK], d_x.layout)
         s_w = gl.allocate_shared_memory(d_w.dtype, [STAGES, BN, BK] if TRANSPOSED else [STAGES, BK, BN], d_w.layout)
         s_y = gl.allocate_shared_memory(d_y.dtype, [4, BM // 2, BN // 4], d_y.layout)
@@ -169,8 +186,8 @@ if MISSING is None:
                     N, K, R, BIAS, BM, BN, BK, STAGES, TRANSPOSED, GROUP, PROGRAMS,
                 )),
                 (load_tiles, (
-                    d_x, d_w, d_s, d_b, s_x, s_w, full, empty, num_m, N, K, R, BM, BN, BK, STAGES, TRANSPOSED, GROUP,
-                    PROGRAMS,
+                    d_x, d_w, d_s, d_b, s_x, s_w, full, empty, num_m,
+                    N, K, R, SECOND, THIRD, BM, BN, BK, STAGES, TRANSPOSED, GROUP, PROGRAMS,
                 )),
             ],
             [4, 1],
@@ -185,19 +202,33 @@ def blocks_of(tile, *, transposed: bool) -> dict[str, tuple[int, int]]:
     return {"d_x": x, "d_w": w, "d_s": x, "d_b": w, "d_y": (tile.bm // 2, tile.bn // PARTS)}
 
 
-def run(x, weight, s, b, bias, out, tile, *, transposed: bool) -> bool:
+def rank_columns(layout, stored: int, tile, *, transposed: bool) -> tuple[int, int, int]:
+    """(columns that a tile takes, first output feature of the second projection, of the third): R, SECOND and THIRD of the kernel.
+
+    Forward, where every projection begins with a tile, a tile takes those of its own projection. Otherwise all, without whole blocks of
+    padding.
+    """
+    if layout is None:
+        return stored, 0, 0
+    if transposed and layout.count > 1 and not any(start % WIDEST for start in layout.starts):
+        return layout.padded, *(*layout.starts[1:], 0)[:2]
+    return min(stored, launch.cdiv(layout.count * layout.padded, tile.bk) * tile.bk), 0, 0
+
+
+def run(x, weight, s, b, bias, out, *, transposed: bool, layout=None) -> bool:
     """out [M, N] = x W' + s b' + bias, arguments as :func:`fastlora.kernels.gemm.gemm` prepares them; False: see ``hopper.attempt``."""
     rows, inner = x.shape
     outer = out.shape[1]
-    rank = 0 if s is None else s.shape[1]
+    programs = launch.persistent_programs(x.device)
+    tile = launch.gemm_specialized_tile(rows, outer, programs)
+    rank, second, third = (0, 0, 0) if s is None else rank_columns(layout, s.shape[1], tile, transposed=transposed)
     tensors = {"d_x": x, "d_w": weight, "d_s": x if s is None else s, "d_b": weight if b is None else b, "d_y": out}
     blocks = blocks_of(tile, transposed=transposed)
     made = {name: launch.descriptor(tensors[name], *block, make=describe) for name, block in blocks.items()}
-    programs = launch.persistent_programs(x.device)
     tiles = launch.cdiv(rows, tile.bm) * launch.cdiv(outer, tile.bn)
     return attempt(NAME, lambda: launch.run(
         gemm_specialized_kernel, (min(programs, tiles),), tile,
         made["d_x"], made["d_w"], made["d_s"], made["d_b"], x if bias is None else bias, made["d_y"], rows,
-        N=outer, K=inner, R=rank, TRANSPOSED=transposed, BIAS=bias is not None,
+        N=outer, K=inner, R=rank, SECOND=second, THIRD=third, TRANSPOSED=transposed, BIAS=bias is not None,
         BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group, PROGRAMS=programs,
     ))  # fmt: skip

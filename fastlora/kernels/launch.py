@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastlora.kernels.tables import (
     TMA_ARCHITECTURES,
     Tile,
+    gemm_specialized_tile,
     gemm_tile,
     project_tile,
     reduce_tile,
@@ -20,7 +21,7 @@ from fastlora.kernels.tables import (
 )
 
 __all__ = [
-    "Dropout", "arch_of", "can_use_tma", "cdiv", "descriptor", "dropout_arguments", "gemm_tile", "is_ragged",
+    "Dropout", "arch_of", "can_use_tma", "cdiv", "descriptor", "dropout_arguments", "gemm_specialized_tile", "gemm_tile", "is_ragged",
     "padded_rank", "persistent_programs", "project_tile", "reduce_tile", "run", "token_sum_tile",
 ]  # fmt: skip
 
@@ -141,7 +142,8 @@ def run(kernel, grid: tuple[int, ...], tile: Tile, *arguments, **constants) -> N
     first = arguments[0]
     tensor = first if isinstance(first, torch.Tensor) else first.base
     index = tensor.device.index
-    key = (kernel, index, tile, tensor.dtype, *[a.dtype for a in arguments if a.__class__ is torch.Tensor], *constants.values())
+    # a kernel's own hash is computed anew at each call
+    key = (id(kernel), index, tile, tensor.dtype, *[a.dtype for a in arguments if a.__class__ is torch.Tensor], *constants.values())
     known = _binaries.get(key)
     if known is not None and torch.cuda.current_device() == index:
         compiled, ordered = known
@@ -158,8 +160,9 @@ def run(kernel, grid: tuple[int, ...], tile: Tile, *arguments, **constants) -> N
 
 def _start(compiled, grid: tuple[int, int, int], index: int, arguments: tuple, ordered: tuple) -> None:
     """Launch a compiled kernel on the current stream: what ``compiled[grid](...)`` does, without the closure it makes each time."""
-    hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
-    if any(getattr(hook, "calls", hook) for hook in hooks):  # a profiler listens
+    knobs = triton.knobs.runtime
+    enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler listens
         compiled[grid](*arguments, *ordered)
         return
     stream = triton.runtime.driver.active.get_current_stream(index)

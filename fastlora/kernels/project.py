@@ -1,5 +1,5 @@
 """Skinny product: S = scale * D(x) A^T (and, at high rank, dS = scale * dY B) for the projections of one input, side by side: one pass
-over the wide operand, or one a projection under dropout, whose masks differ.
+over the wide operand. S under dropout takes one a projection, whose masks differ; in dS each projection reads its own features.
 
 One program owns BM rows and walks the whole feature axis; there is no split, so each element has one order of
 arithmetic, fixed by (features, rank, dtype, tile row).
@@ -12,17 +12,21 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels import launch
+from fastlora.kernels.columns import MOST
 from fastlora.kernels.tile import keep_mask
 
 
 @triton.jit(do_not_specialize=["M", "seed0", "seed1", "seed2", "threshold"])
 def project_kernel(
     p_x, p_w, p_s, p_scale, p_token, M, seed0: tl.int64, seed1: tl.int64, seed2: tl.int64, threshold: tl.int64, keep_scale,
-    F: tl.constexpr, LR: tl.constexpr, W_R: tl.constexpr, W_F: tl.constexpr, DROPOUT: tl.constexpr,
+    LD: tl.constexpr, LR: tl.constexpr, W_R: tl.constexpr, W_F: tl.constexpr, START0: tl.constexpr, START1: tl.constexpr,
+    START2: tl.constexpr, F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr, C: tl.constexpr,
 ):
-    """p_x [M, F] row-major; p_w element (column, feature) at column * W_R + feature * W_F; p_s [M, LR], of which a program fills C
-    columns; p_scale fp32 [LR]. Under dropout C columns are those of one projection."""
+    """p_x [M, LD] row-major; p_w element (column, feature) at column * W_R + feature * W_F; p_s [M, LR], of which a program fills C
+    columns; p_scale fp32 [LR]. Under dropout C columns are those of one projection.
+
+    A program reads the first F0 features, or with F1 > 0 those of its projection: F0 from START0 on, and so on, of a fourth none."""
     i_m = tl.program_id(0).to(tl.int64)
     i_p = tl.program_id(1)
     o_m = i_m * BM + tl.arange(0, BM)
@@ -32,10 +36,15 @@ def project_kernel(
     if DROPOUT:
         seed = tl.where(i_p == 0, seed0, tl.where(i_p == 1, seed1, seed2))
         b_token = tl.load(p_token + o_m, mask=m_m, other=0)
-    for i_f in range(0, F, BF):
+    start = 0
+    stop = F0
+    if F1 > 0:
+        start = tl.where(i_p == 0, START0, tl.where(i_p == 1, START1, START2))
+        stop = start + tl.where(i_p == 0, F0, tl.where(i_p == 1, F1, tl.where(i_p == 2, F2, 0)))
+    for i_f in range(start, stop, BF):
         o_f = i_f + tl.arange(0, BF)
-        m_f = o_f < F
-        b_x = tl.load(p_x + o_m[:, None] * F + o_f[None, :], mask=m_m[:, None] & m_f[None, :], other=0.0)
+        m_f = o_f < stop
+        b_x = tl.load(p_x + o_m[:, None] * LD + o_f[None, :], mask=m_m[:, None] & m_f[None, :], other=0.0)
         b_w = tl.load(p_w + o_c[None, :] * W_R + o_f[:, None] * W_F, mask=m_f[:, None], other=0.0)
         if DROPOUT:
             b_keep = keep_mask(b_token, i_f, seed, threshold, BM, BF)
@@ -50,11 +59,11 @@ _MOST_COLUMNS = 256
 
 
 def project(x, weight, layout, dropout=None, *, transposed=False):
-    """S = scale * D(x) weight^T.
+    """S = scale * D(x) weight^T, or with ``transposed`` dS = scale * x weight.
 
     Args:
         x: [M, F], contiguous.
-        weight: [R, F] (or [F, R] with ``transposed``), contiguous, dtype of x; R = layout.columns.
+        weight: [R, F] (or [F, R] with ``transposed``, block-diagonal), contiguous, dtype of x; R = layout.columns.
         layout: :class:`fastlora.kernels.columns.Columns`.
         dropout: None, or :class:`fastlora.kernels.launch.Dropout`.
 
@@ -66,13 +75,17 @@ def project(x, weight, layout, dropout=None, *, transposed=False):
     out = torch.empty(rows, total, device=x.device, dtype=x.dtype)
     if rows == 0:
         return out
-    columns = min(total, _MOST_COLUMNS) if dropout is None else layout.padded
+    # of a block-diagonal weight each projection reads its own features
+    apart = transposed and layout.count > 1
+    columns = layout.padded if apart or dropout is not None else min(total, _MOST_COLUMNS)
+    starts, widths = zip(*(*layout.ranges, (0, 0), (0, 0))[:MOST]) if apart else ((0, 0, 0), (features, 0, 0))
     tile = launch.project_tile(launch.arch_of(x), x.dtype, columns)
     drop = launch.dropout_arguments(dropout, x)
     launch.run(
         project_kernel, (launch.cdiv(rows, tile.bm), total // columns), tile,
         x, weight, out, layout.scale_of_columns(x.device), drop.tokens, rows, *drop.seeds, drop.threshold, drop.keep_scale,
-        F=features, LR=total, W_R=1 if transposed else features, W_F=total if transposed else 1,
+        LD=features, LR=total, W_R=1 if transposed else features, W_F=total if transposed else 1,
+        START0=starts[0], START1=starts[1], START2=starts[2], F0=widths[0], F1=widths[1], F2=widths[2],
         DROPOUT=drop.active, PRECISION="ieee" if x.dtype == torch.float32 else "tf32", BM=tile.bm, BF=tile.bk, C=columns,
     )  # fmt: skip
     return out

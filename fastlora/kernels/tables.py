@@ -1,19 +1,18 @@
-"""Tile tables by architecture: committed, never tuned at run time, never chosen by the token count.
+"""Tile tables by architecture: committed, never tuned at run time; the token count chooses nothing that a bit depends on.
 
-What fixes an element's bits (the depth of a K step, the instruction's shape) may depend on features, rank, dtype and
+What fixes an element's bits (the depth of a K step, the order of its steps) may depend on features, rank, dtype and
 architecture alone. The rows for sm_90 were the fastest of a sweep on an H100 (2026-11-24, torch 2.11, Triton 3.6; M = 8192, K = 4096);
 the others are chosen to launch within the architecture's shared memory and to spill nothing, which the compile gate holds.
 """
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import torch
 
 
-@dataclasses.dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """Launch parameters of one kernel: block sizes (rows, columns, reduction depth), warps, pipeline stages.
 
     ``fusion``: whether the compiler may join a product and a sum into one rounding. ``each``: programs a multiprocessor is given, where
@@ -65,8 +64,11 @@ _GEMM_TMA = {
     "sm_100": Tile(128, 256, 64, warps=8, stages=3, halves=True),
 }
 # One warp that loads beside the two warpgroups: those of the first one are counted here. 4.9 % faster than the tile above for 28,672
-# features of 4,096, 1.0 % for 4,096 of 28,672 (H200, 8,192 tokens).
-_GEMM_SPECIALIZED = Tile(128, 256, 64, warps=4, stages=4)
+# features of 4,096, 1.0 % for 4,096 of 28,672 (H200, 8,192 tokens). Narrower ones for products of few tiles, which would leave most
+# multiprocessors idle: tokens make them many, and every width has the same bits.
+GEMM_SPECIALIZED = (
+    Tile(128, 64, 64, warps=4, stages=8), Tile(128, 128, 64, warps=4, stages=6), Tile(128, 256, 64, warps=4, stages=4),
+)  # fmt: skip
 # Dropout's epilogue masks the rank-r product of each quarter of the tile; flattened, the loop gains nothing from it.
 _GEMM_TMA_DROPOUT = Tile(128, 256, 64, warps=8, stages=3)
 _GEMM_DROPOUT_BN = 64
@@ -74,12 +76,15 @@ _GEMM_DROPOUT_BN = 64
 _GEMM_RAGGED = Tile(64, 64, 32, warps=4, stages=2)
 
 
-def gemm_tile(
-    arch: str, dtype: torch.dtype, *, dropout: bool, tma: bool, ragged: bool = False, specialized: bool = False
-) -> Tile:
-    """Tile of the GEMM with rank-r epilogue. ``ragged``: a row of an operand is no multiple of 16 bytes."""
-    if specialized:
-        return _GEMM_SPECIALIZED
+def gemm_specialized_tile(rows: int, outer: int, programs: int) -> Tile:
+    """The narrowest tile of the warp-specialised GEMM whose tiles ``programs`` multiprocessors compute in one turn, else the widest."""
+    widest = GEMM_SPECIALIZED[-1]
+    fits = (t for t in GEMM_SPECIALIZED if -(-rows // t.bm) * -(-outer // t.bn) <= programs)
+    return next(fits, widest)
+
+
+def gemm_tile(arch: str, dtype: torch.dtype, *, dropout: bool, tma: bool, ragged: bool = False) -> Tile:
+    """Tile of the portable GEMM with rank-r epilogue. ``ragged``: a row of an operand is no multiple of 16 bytes."""
     if tma:
         return _GEMM_TMA_DROPOUT if dropout else _GEMM_TMA[arch]
     if ragged and arch != "interpreter":
@@ -89,7 +94,7 @@ def gemm_tile(
     else:
         tile = _GEMM[arch]
     if dropout and tile.bn > _GEMM_DROPOUT_BN:
-        tile = dataclasses.replace(tile, bn=_GEMM_DROPOUT_BN)
+        tile = tile._replace(bn=_GEMM_DROPOUT_BN)
     return tile
 
 
@@ -107,6 +112,19 @@ def project_tile(arch: str, dtype: torch.dtype, rank: int) -> Tile:
     if rank <= 128:
         return Tile(64, bk=64, warps=4, stages=3 if small else 4)
     return Tile(64, bk=64, warps=8, stages=2 if small else 3)
+
+
+# Columns of S up to which the gate's pass computes it too.
+_GLU_PROJECT_COLUMNS = 64
+
+
+def glu_project_tile(arch: str, dtype: torch.dtype, columns: int) -> Tile | None:
+    """Tile of the gate with S of the down projection: that of S, or its bits would differ, with warps for the gate's arithmetic. None
+    where one pass is not known to win."""
+    if columns > _GLU_PROJECT_COLUMNS or arch not in ("sm_90", "interpreter") or (arch == "sm_90" and dtype == torch.float32):
+        return None
+    tile = project_tile(arch, dtype, columns)
+    return tile if arch == "interpreter" else tile._replace(warps=8, stages=4)
 
 
 def token_sum_tile(arch: str, dtype: torch.dtype, rank: int, *, with_ds: bool) -> Tile:

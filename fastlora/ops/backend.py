@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 from collections.abc import Iterator
 
@@ -40,13 +41,19 @@ def explain(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
         return _forced[-1], "forced"
     if device.type != "cuda":
         return "reference", f"device is {device.type}"
+    return _explain_cuda(device.index if device.index is not None else torch.cuda.current_device(), dtype)
+
+
+@functools.cache
+def _explain_cuda(index: int, dtype: torch.dtype) -> tuple[str, str]:
+    """:func:`explain` for a GPU: asked at every call of an operation, and answered by the driver."""
     if not triton_installed():
         return "reference", "triton is not installed"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return "reference", f"dtype {dtype} has no kernel"
     from fastlora.kernels import launch
 
-    arch = launch.architecture(device.index if device.index is not None else torch.cuda.current_device())
+    arch = launch.architecture(index)
     if arch is None:
         return "reference", "no tile table for this GPU (compute capability below 8.0)"
     if dtype == torch.bfloat16 and torch.version.hip is None and not torch.cuda.is_bf16_supported():

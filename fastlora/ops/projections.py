@@ -21,6 +21,8 @@ from fastlora.errors import InputError
 from fastlora.kernels.chunks import Chunks
 from fastlora.kernels.columns import Columns
 from fastlora.kernels.gemm import gemm
+from fastlora.kernels.glu import glu_forward
+from fastlora.kernels.glu_project import glu_project
 from fastlora.kernels.launch import Dropout
 from fastlora.kernels.project import project
 from fastlora.kernels.token_sum import Sink, sum_a
@@ -184,10 +186,24 @@ class Projections:
         """x [M, K] -> s [M, columns], or None without an adapter."""
         return project(x, self.a, self.layout, dropout) if self.adapted else None
 
+    def low_of_gate(self, gate_up: torch.Tensor, activation: str, dropout: Dropout | None):
+        """gate_up [M, 2K] -> (x [M, K] = act(gate) * up, s as of :meth:`low`): in one pass where that is faster."""
+        if self.adapted and dropout is None:
+            together = glu_project(gate_up, activation, self.a, self.layout)
+            if together is not None:
+                return together
+        x = glu_forward(gate_up, activation)
+        return x, self.low(x, dropout)
+
+    def product(self, x: torch.Tensor, s: torch.Tensor | None) -> torch.Tensor:
+        """x [M, K], s as of :meth:`low` -> y [M, N]."""
+        b = self.b if self.adapted else None
+        return gemm(x, self.weight, s, b, self.bias, transposed=True, layout=self.layout)
+
     def forward(self, x: torch.Tensor, dropout: Dropout | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [M, K] -> (y [M, N], s as of :meth:`low`)."""
         s = self.low(x, dropout)
-        return gemm(x, self.weight, s, self.b if self.adapted else None, self.bias, transposed=True), s
+        return self.product(x, s), s
 
     def backward(
         self, dy: torch.Tensor, s: torch.Tensor | None, dropout: Dropout | None, chunks: Chunks, needs_dx: bool = True
@@ -199,7 +215,7 @@ class Projections:
         db, ds = low_rank_gradients(dy, s, self.b, self.layout, chunks, None if sinks is None else sinks[1])
         if not needs_dx:
             return None, ds, db
-        dx = gemm(dy, self.weight, ds, self.a, transposed=False, dropout=dropout, columns=self.layout.padded)
+        dx = gemm(dy, self.weight, ds, self.a, transposed=False, dropout=dropout, layout=self.layout)
         return dx, ds, db
 
     def gradients(

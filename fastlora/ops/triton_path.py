@@ -41,7 +41,7 @@ def padded_a(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A [r, K] cast to ``dtype`` and padded with zero rows to [R, K]."""
     rank = padded_rank(a.shape[0])
     if rank == a.shape[0]:
-        return kernel_ready(a.detach().to(dtype))
+        return kernel_ready(a if a.dtype == dtype else a.detach().to(dtype))
     out = a.new_zeros(rank, a.shape[1], dtype=dtype)
     out[: a.shape[0]] = a.detach()
     return out
@@ -51,7 +51,7 @@ def padded_b(b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """B [N, r] cast to ``dtype`` and padded with zero columns to [N, R]."""
     rank = padded_rank(b.shape[1])
     if rank == b.shape[1]:
-        return kernel_ready(b.detach().to(dtype))
+        return kernel_ready(b if b.dtype == dtype else b.detach().to(dtype))
     out = b.new_zeros(b.shape[0], rank, dtype=dtype)
     out[:, : b.shape[1]] = b.detach()
     return out

@@ -45,6 +45,7 @@ CHOSEN += [
     Case("gemm", "sm_90", outer=6144, count=3), Case("da", "sm_90", outer=6144, count=3), Case("db_ds", "sm_89", outer=6144, count=3),
 ]  # fmt: skip
 CHOSEN += [Case("gemm_specialized", "sm_90", transposed=side) for side in (True, False)]
+CHOSEN += [Case(narrow, "sm_90") for narrow in gate_specialized.GEMM if narrow != "gemm_specialized"]
 CHOSEN += [Case(operation, "sm_90", outer=128, inner=0) for operation in gate_specialized.ATTENTION]
 CHOSEN += [*ROWS, Case("norm_backward", "sm_89", torch.float32, outer=16384, inner=0)]
 
@@ -66,7 +67,7 @@ def test_kernel_fits_and_does_not_spill(case):
 
 @pytest.mark.parametrize("operation", gate_specialized.OPERATIONS)
 def test_the_specialised_kernels_move_registers_to_the_warps_that_multiply(operation):
-    case = Case(operation, "sm_90") if operation == "gemm_specialized" else Case(operation, "sm_90", outer=128, inner=0)
+    case = Case(operation, "sm_90") if operation in gate_specialized.GEMM else Case(operation, "sm_90", outer=128, inner=0)
     compiled, _ = compile_case(case)
     given = set(re.findall(r"setmaxnreg\.(?:inc|dec)\.sync\.aligned\.u32\s+(\d+)", compiled.asm["ptx"]))
     assert {"240", "24"} <= given

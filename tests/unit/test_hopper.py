@@ -9,12 +9,11 @@ pytest.importorskip("triton")
 from triton.compiler.errors import CompilationError
 
 from fastlora.kernels import attention_specialized, attention_specialized_keys, gemm_specialized, hopper, launch, tables
+from fastlora.kernels.columns import Columns
 from fastlora.ops.attention_triton import document_edges
 
 if hopper.MISSING is not None:
     pytest.skip(f"this Triton has no Gluon: {hopper.MISSING}", allow_module_level=True)
-
-TILE = tables.gemm_tile("sm_90", torch.bfloat16, dropout=False, tma=True, specialized=True)
 
 
 @pytest.fixture
@@ -25,7 +24,7 @@ def call(monkeypatch):
 
     def run(launched):
         monkeypatch.setattr(launch, "run", launched)
-        return gemm_specialized.run(x, weight, None, None, None, out, TILE, transposed=True)
+        return gemm_specialized.run(x, weight, None, None, None, out, transposed=True)
 
     return run
 
@@ -70,8 +69,29 @@ def test_blocks_are_what_the_kernel_was_written_for(call):
 
     assert call(launched) is True
     assert seen["kernel"] is gemm_specialized.gemm_specialized_kernel and seen["grid"] == (1,)
-    assert seen["blocks"] == [[64, 64], [256, 64], [64, 64], [256, 64], [64, 64]]
-    assert (seen["N"], seen["K"], seen["R"], seen["STAGES"], seen["BIAS"]) == (64, 128, 0, 4, False)
+    assert seen["blocks"] == [[64, 64], [64, 64], [64, 64], [64, 64], [64, 16]]
+    assert (seen["N"], seen["K"], seen["R"], seen["STAGES"], seen["BIAS"]) == (64, 128, 0, 8, False)
+
+
+@pytest.mark.parametrize(
+    "rows, outer, width", [(1, 64, 64), (512, 2048, 64), (1024, 2048, 128), (512, 8192, 256), (8192, 4096, 256), (128, 256 * 132, 256)]
+)
+def test_a_product_of_few_tiles_takes_the_narrowest_that_fill_one_turn(rows, outer, width):
+    assert tables.gemm_specialized_tile(rows, outer, 132).bn == width
+
+
+@pytest.mark.parametrize(
+    "starts, transposed, expected",
+    [
+        ((0, 4096, 5120), True, (64, 4096, 5120)), ((0, 512), True, (64, 512, 0)), ((0, 5120), True, (64, 5120, 0)),
+        # a projection that begins inside a tile: every tile takes all columns, without the block of padding
+        ((0, 576, 768), True, (192, 0, 0)), ((0, 4096, 5120), False, (192, 0, 0)), ((0,), True, (64, 0, 0)),
+    ],
+)  # fmt: skip
+def test_which_rank_columns_a_tile_takes(starts, transposed, expected):
+    layout = Columns((64,) * len(starts), starts, (256,) * len(starts), (1.0,) * len(starts))
+    found = gemm_specialized.rank_columns(layout, layout.columns, tables.GEMM_SPECIALIZED[-1], transposed=transposed)
+    assert found == expected
 
 
 HEADS, KEY_HEADS, TOKENS, WIDTH = 4, 2, 192, 64
