@@ -94,7 +94,7 @@ def build_arguments(case: Case):
         columns = layout.padded if case.dropout or apart else min(layout.columns, 256)
         ranges = (layout.starts, layout.widths) if apart else ((0,), (case.inner,))
         (*starts,), (*widths,) = ((*numbers, 0, 0)[:3] for numbers in ranges)
-        tile = tables.project_tile(case.arch, case.dtype, columns)
+        tile = tables.project_tile(case.arch, case.dtype, columns, apart=apart)
         signature = {"p_x": element, "p_w": element, "p_s": element, "p_scale": "*fp32", "p_token": "*i64", "M": "i32"} | drop
         constants = dict(
             LD=case.outer if apart else case.inner, LR=layout.columns, W_R=1 if apart else case.inner, W_F=layout.columns if apart else 1,
@@ -108,7 +108,7 @@ def build_arguments(case: Case):
         tile = tables.token_sum_tile(case.arch, case.dtype, columns, with_ds=with_ds)
         signature = {"p_wide": element, "p_narrow": element, "p_out": "*i64" if case.exact else "*fp32"}
         signature |= {"p_stats": "*i64" if case.exact else element, "p_b": element}
-        signature |= {"p_ds": "*fp32" if with_ds else element, "p_token": "*i64", "p_table": "*i32"}
+        signature |= {"p_ds": "*fp32" if with_ds else element, "p_token": "*i64", "p_table": "*i32", "p_ends": "*i8"}
         signature |= {"M": "i32", "units": "i32", "runs": "i32", "first_chunk": "i64"} | drop
         features = case.outer if major else case.inner
         ranges = [*(layout.ranges if major else ((0, features),)), (0, 0), (0, 0)]

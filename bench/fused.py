@@ -44,9 +44,10 @@ class Mlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, gate_up, down, *parameters):
+        from fastlora.kernels.glu import glu_forward
+
         both, s = gate_up.forward(x, None)
-        hidden, s_down = down.low_of_gate(both, "silu", None)
-        y = down.product(hidden, s_down)
+        y, s_down = down.forward(glu_forward(both, "silu"), None)
         ctx.save_for_backward(x, both, s, s_down)
         ctx.groups = gate_up, down
         return y

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from fastlora.kernels.columns import Columns
 from fastlora.kernels.glu import glu_backward, glu_forward, glu_pair_backward, glu_pair_forward
-from fastlora.kernels.glu_project import glu_project
-from fastlora.kernels.project import project
 from fastlora.kernels.rms_norm import norm_backward, norm_forward
 from fastlora.kernels.rope import head_norm_rotate, head_norm_rotate_backward, rotate
 
@@ -167,21 +164,6 @@ def norm_columns_failures(rows, widths, style, dtype, device):
         }
     rest = slice(total, None)
     return failures(checks | {"columns beyond": bool((out[:, rest] == 7).all()) and torch.equal(grad[:, rest], before[:, rest])})
-
-
-def glu_project_failures(rows, width, ranks, activation, dtype, device):
-    """What differs where the gate's pass also computes S: bits of either, and that few rows are left to two passes. ranks: of each
-    projection, columns side by side."""
-    layout = Columns(ranks, tuple(range(0, 8 * len(ranks), 8)), (8,) * len(ranks), (0.7,) * len(ranks))
-    both, weight = draw(dtype, device, (rows, 2 * width), (layout.columns, width))
-    weight *= width**-0.5
-    hidden, s = glu_project(both, activation, weight, layout)
-    apart = glu_forward(both, activation)
-    return failures({
-        "hidden": torch.equal(hidden, apart),
-        "S": torch.equal(s, project(apart, weight, layout)),
-        "few rows": glu_project(both[:2], activation, weight, layout) is None,
-    })  # fmt: skip
 
 
 def rotate_failures(sizes, cos, sin, inverse, dtype, device):

@@ -25,11 +25,13 @@ class Chunks:
     Attributes:
         table: int32 [2, units + 2]: for each unit of 64 tokens the first unit at or after it that starts a chunk (``units`` at the
             end), and how many chunks start before it.
+        ends: int8 [units + 1]: 1 for a unit that is the last of its chunk.
     """
 
     rows: int
     count: int
     table: torch.Tensor
+    ends: torch.Tensor
 
     @property
     def units(self) -> int:
@@ -52,4 +54,6 @@ def chunks_of(rows: int, spans: tuple[tuple[int, int], ...] | None, device: torc
     units = -(-rows // UNIT)
     before = [bisect.bisect_left(starts, unit) for unit in range(units + 2)]
     following = [starts[place] if place < len(starts) else units for place in before]
-    return Chunks(rows, len(starts), torch.tensor([following, before], dtype=torch.int32).to(device))
+    table = torch.tensor([following, before], dtype=torch.int32)
+    ends = table[0, 1:] == torch.arange(1, units + 2, dtype=torch.int32)
+    return Chunks(rows, len(starts), table.to(device), ends.to(torch.int8).to(device))

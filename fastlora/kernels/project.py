@@ -79,7 +79,7 @@ def project(x, weight, layout, dropout=None, *, transposed=False):
     apart = transposed and layout.count > 1
     columns = layout.padded if apart or dropout is not None else min(total, _MOST_COLUMNS)
     starts, widths = zip(*(*layout.ranges, (0, 0), (0, 0))[:MOST]) if apart else ((0, 0, 0), (features, 0, 0))
-    tile = launch.project_tile(launch.arch_of(x), x.dtype, columns)
+    tile = launch.project_tile(launch.arch_of(x), x.dtype, columns, apart=apart)
     drop = launch.dropout_arguments(dropout, x)
     launch.run(
         project_kernel, (launch.cdiv(rows, tile.bm), total // columns), tile,

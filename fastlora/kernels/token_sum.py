@@ -27,7 +27,7 @@ from fastlora.kernels.tile import keep_mask, to_fixed
 
 @triton.jit(do_not_specialize=["M", "units", "runs", "first_chunk", "seed0", "seed1", "seed2", "threshold"])
 def token_sum_kernel(
-    p_wide, p_narrow, p_out, p_stats, p_b, p_ds, p_token, p_table,
+    p_wide, p_narrow, p_out, p_stats, p_b, p_ds, p_token, p_table, p_ends,
     M, units, runs, first_chunk: tl.int64, seed0: tl.int64, seed1: tl.int64, seed2: tl.int64, threshold: tl.int64, keep_scale,
     LD: tl.constexpr, LR: tl.constexpr, B_LD: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, PER: tl.constexpr, C: tl.constexpr,
     START0: tl.constexpr, START1: tl.constexpr, START2: tl.constexpr, F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr,
@@ -41,7 +41,7 @@ def token_sum_kernel(
     columns: with PER = 1 that of the feature range (dB), or that of the grid's third axis (dA of one at a time).
     p_out element (feature, column c of projection p) at feature * OUT_F + (p RANK + c) * OUT_R, in dB at feature * OUT_F + c * OUT_R;
     p_stats int64 [projections, 4]; p_b element (feature, c) at feature * B_LD + p R + c; p_ds fp32 [blocks, M, R].
-    p_table int32 [2, units + 2]: see :class:`fastlora.kernels.chunks.Chunks`. RANK <= R is the rank without padding."""
+    p_table int32 [2, units + 2], p_ends int8 [units + 1]: see :class:`fastlora.kernels.chunks.Chunks`. RANK <= R is the rank without padding."""
     i_run = tl.program_id(0)
     i_block = tl.program_id(1)
     in0: tl.constexpr = (F0 + BF - 1) // BF
@@ -76,12 +76,16 @@ def token_sum_kernel(
     # a run starts where the next chunk does, so no chunk is shared by two programs
     first = tl.load(p_table + i_run * units // runs)
     last = tl.load(p_table + (i_run + 1) * units // runs)
-    following = tl.load(p_table + first + 1)
     if EXACT:
+        # bytes, read a step ahead: the compiler would copy a word asynchronously, and wait each step for all copies under way
+        ends_next = tl.load(p_ends + first)
         b_total = tl.zeros((BF, C), dtype=tl.int64)
         b_top = tl.zeros((BF, C), dtype=tl.int32)
         b_counts = tl.zeros((BF, C), dtype=tl.int32)
     for i_unit in range(first, last):
+        if EXACT:
+            ends = ends_next
+            ends_next = tl.load(p_ends + i_unit + 1)
         for i_step in tl.static_range(0, UNIT, BM):
             o_m = (i_unit * UNIT + i_step + tl.arange(0, BM)).to(tl.int64)
             m_m = o_m < M
@@ -96,9 +100,7 @@ def token_sum_kernel(
                 b_wide = tl.where(b_keep, b_wide.to(tl.float32) * keep_scale, 0.0).to(b_wide.dtype)
             b_sum = tl.dot(tl.trans(b_wide), b_narrow, b_sum, input_precision=PRECISION)
         if EXACT:
-            ends = following == i_unit + 1
-            following = tl.load(p_table + i_unit + 2)
-            if ends:
+            if ends != 0:
                 # |partial| as its bit pattern: orders like the number, and anything non-finite lies at or above inf
                 b_bits = b_sum.to(tl.int32, bitcast=True) & 0x7FFFFFFF
                 b_top = tl.maximum(b_top, b_bits)
@@ -202,7 +204,7 @@ def _launch_sum(
     drop = launch.dropout_arguments(dropout, wide)
     launch.run(
         token_sum_kernel, (runs, blocks, depth), tile,
-        wide, narrow, out, stats, narrow if b is None else b, narrow if partial is None else partial, drop.tokens, chunks.table,
+        wide, narrow, out, stats, narrow if b is None else b, narrow if partial is None else partial, drop.tokens, chunks.table, chunks.ends,
         rows, chunks.units, runs, first, *drop.seeds, drop.threshold, drop.keep_scale,
         LD=wide.shape[1], LR=narrow.shape[1], B_LD=layout.columns, R=layout.padded, RANK=layout.rank, PER=per, C=columns,
         START0=starts[0], START1=starts[1], START2=starts[2], F0=widths[0], F1=widths[1], F2=widths[2],

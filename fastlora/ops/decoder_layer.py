@@ -22,7 +22,7 @@ from fastlora.errors import TrainingError
 from fastlora.kernels.attention import attention_backward, attention_forward
 from fastlora.kernels.chunks import Chunks
 from fastlora.kernels.edges import Edges
-from fastlora.kernels.glu import glu_backward
+from fastlora.kernels.glu import glu_backward, glu_forward
 from fastlora.kernels.rms_norm import norm_backward, norm_forward
 from fastlora.kernels.rope import head_norm_rotate, head_norm_rotate_backward, rotate
 from fastlora.ops.projections import Projections
@@ -197,14 +197,13 @@ def _up_to_down(plan: Plan, h: torch.Tensor, place: Place, drops) -> tuple[torch
     kept.gate_up, s_gate_up = plan.gate_up.forward(x2, drops[2])
     kept.s.append(s_gate_up)
     kept.y2 = kept.rstd_y2 = None
-    hidden, s_down = plan.down.low_of_gate(kept.gate_up, plan.activation, drops[3])
-    kept.s.append(s_down)
-    return hidden, kept
+    return glu_forward(kept.gate_up, plan.activation), kept
 
 
 def _forward(plan: Plan, h: torch.Tensor, place: Place, drops) -> tuple[torch.Tensor, _Saved]:
     hidden, kept = _up_to_down(plan, h, place, drops)
-    z = plan.down.product(hidden, kept.s[3])
+    z, s_down = plan.down.forward(hidden, drops[3])
+    kept.s.append(s_down)
     if plan.after_mlp is not None:
         norm = plan.after_mlp
         kept.y2 = z
@@ -216,7 +215,9 @@ def _again(plan: Plan, h: torch.Tensor, place: Place, drops) -> _Saved:
     """What :func:`_forward` kept. The layer's own output is not needed, and without a norm after it neither is the last product."""
     if plan.after_mlp is not None:
         return _forward(plan, h, place, drops)[1]
-    return _up_to_down(plan, h, place, drops)[1]
+    hidden, kept = _up_to_down(plan, h, place, drops)
+    kept.s.append(plan.down.low(hidden, drops[3]))
+    return kept
 
 
 def _scaled(plan: Plan, gradient: torch.Tensor) -> torch.Tensor:

@@ -21,8 +21,6 @@ from fastlora.errors import InputError
 from fastlora.kernels.chunks import Chunks
 from fastlora.kernels.columns import Columns
 from fastlora.kernels.gemm import gemm
-from fastlora.kernels.glu import glu_forward
-from fastlora.kernels.glu_project import glu_project
 from fastlora.kernels.launch import Dropout
 from fastlora.kernels.project import project
 from fastlora.kernels.token_sum import Sink, sum_a
@@ -186,24 +184,10 @@ class Projections:
         """x [M, K] -> s [M, columns], or None without an adapter."""
         return project(x, self.a, self.layout, dropout) if self.adapted else None
 
-    def low_of_gate(self, gate_up: torch.Tensor, activation: str, dropout: Dropout | None):
-        """gate_up [M, 2K] -> (x [M, K] = act(gate) * up, s as of :meth:`low`): in one pass where that is faster."""
-        if self.adapted and dropout is None:
-            together = glu_project(gate_up, activation, self.a, self.layout)
-            if together is not None:
-                return together
-        x = glu_forward(gate_up, activation)
-        return x, self.low(x, dropout)
-
-    def product(self, x: torch.Tensor, s: torch.Tensor | None) -> torch.Tensor:
-        """x [M, K], s as of :meth:`low` -> y [M, N]."""
-        b = self.b if self.adapted else None
-        return gemm(x, self.weight, s, b, self.bias, transposed=True, layout=self.layout)
-
     def forward(self, x: torch.Tensor, dropout: Dropout | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [M, K] -> (y [M, N], s as of :meth:`low`)."""
-        s = self.low(x, dropout)
-        return self.product(x, s), s
+        s, b = self.low(x, dropout), self.b if self.adapted else None
+        return gemm(x, self.weight, s, b, self.bias, transposed=True, layout=self.layout), s
 
     def backward(
         self, dy: torch.Tensor, s: torch.Tensor | None, dropout: Dropout | None, chunks: Chunks, needs_dx: bool = True
