@@ -15,6 +15,7 @@ from torch.nn.functional import linear as product
 from bench import check, maths, peers
 from bench.cases import OURS, Case, Size, draw, kernels_run
 from bench.fused import Adapted, Group, Mlp
+from fastlora import stream
 from fastlora.exact import TokenSum
 from fastlora.ops.dropout import DropoutKey
 from fastlora.ops.lora_linear import lora_linear
@@ -41,6 +42,23 @@ SIZES = {
         "loss": [Size("cpu-1024x192", 256, 192, 1024)],
     },
 }  # fmt: skip
+
+
+# Tokens of a document, where a block is timed on several: M = 8,192 as 4 x 2,048.
+DOCUMENT = 2048
+
+
+def _on_documents(tokens: int, device: str, call):
+    """``call`` as a training step makes it: its rows are documents of 2,048 tokens, or a shorter one."""
+    each = min(tokens, DOCUMENT)
+    count = tokens // each
+    where = stream.Stream((each,) * count, stream.alignment_for(device), tuple(range(count)), 0, 1)
+
+    def on_documents():
+        with stream.use(where):
+            return call()
+
+    return on_documents
 
 
 def _compiled(function):
@@ -81,6 +99,7 @@ def linear(size: Size, device: str, dtype: torch.dtype) -> Case:
         COMPILE: lambda: backward(fused(x, weight, *low, SCALE)),
     }
 
+    calls = {name: _on_documents(m, device, call) if name.startswith(OURS) else call for name, call in calls.items()}
     return Case(FROZEN, calls, lambda: _linear_verdict(k, n, r, device, dtype), flops=4 * m * k * n, tokens=m)
 
 
@@ -139,7 +158,7 @@ def _adapter_case(size: Size, device, dtype, weights, groups, run, frozen, plain
 
     calls = {
         FROZEN: lambda: backward(frozen(x, w), upstreams),
-        OURS: lambda: backward(run(adapted, x), joined),
+        OURS: _on_documents(size.tokens, device, lambda: backward(run(adapted, x), joined)),
         PEFT: lambda: backward(plain(x, w, low), upstreams),
         COMPILE: lambda: backward(fused(x, w, low), upstreams),
     }

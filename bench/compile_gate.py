@@ -105,7 +105,10 @@ def build_arguments(case: Case):
         with_ds, major = case.operation == "db_ds", case.operation != "da"
         together = not major and not case.dropout and layout.columns <= token_sum_file.MOST_COLUMNS
         per, columns = (case.count, layout.columns) if together else (1, layout.padded)
-        tile = tables.token_sum_tile(case.arch, case.dtype, columns, with_ds=with_ds)
+        apart = not major and not together and case.count > 1
+        tile = tables.token_sum_tile(
+            case.arch, case.dtype, columns, with_ds=with_ds, features=case.outer if major else case.inner, apart=apart
+        )
         signature = {"p_wide": element, "p_narrow": element, "p_out": "*i64" if case.exact else "*fp32"}
         signature |= {"p_stats": "*i64" if case.exact else element, "p_b": element}
         signature |= {"p_ds": "*fp32" if with_ds else element, "p_token": "*i64", "p_table": "*i32", "p_ends": "*i8"}
@@ -215,6 +218,7 @@ def all_cases() -> list[Case]:
         for rank in (16, 64, 256):
             cases += [Case("gemm", arch, rank=rank), Case("gemm", arch, rank=rank, transposed=False)]
             cases += [Case(op, arch, rank=rank) for op in ("project", "da", "db" if rank > 32 else "db_ds")]
+        cases += [Case("db_ds", arch, outer=28672, count=2), Case("da", arch, inner=14336), Case("da", arch, rank=64, inner=14336)]
         cases += [Case("db_ds", arch, rank=32), Case("db", arch, rank=128), Case("da", arch, rank=128)]
         cases += [Case("gemm", arch, transposed=False, dropout=True), Case("project", arch, dropout=True)]
         cases += [Case("da", arch, dropout=True), Case("db_ds", arch, exact=False), Case("da", arch, exact=False)]

@@ -1,6 +1,6 @@
 """How the compile gate builds the row-wise kernels, in the variant that keeps most in registers.
 
-Norms: ``outer`` is the width. RoPE and the norm of heads: ``outer`` is the head's width, ``inner`` the number of heads. Gates:
+Norms: ``outer`` is the width. The loss: ``outer`` is the vocabulary. RoPE and the norm of heads: ``outer`` is the head's width, ``inner`` the number of heads. Gates:
 ``outer`` is the width of a half, the activation is part of the operation's name.
 """
 
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import torch
 
-from fastlora.kernels import glu, rms_norm, rope, row_tables
+from fastlora.kernels import cross_entropy, glu, rms_norm, rope, row_tables
 from fastlora.kernels.launch import cdiv
 
 _GATES = tuple(f"glu_{way}_{act}" for way in ("forward", "backward") for act in ("silu", "gelu", "gelu_tanh"))
-OPERATIONS = ("norm_forward", "norm_backward", "rope", "head_norm_forward", "head_norm_backward", *_GATES)
-_FP32 = ("p_rstd",)
+OPERATIONS = ("norm_forward", "norm_backward", "rope", "head_norm_forward", "head_norm_backward", "cross_entropy", *_GATES)
+_TYPES = {"p_rstd": "*fp32", "p_loss": "*fp32", "p_labels": "*i64", "softcap": "fp32", "smoothing": "fp32", "z_loss": "fp32"}
 
 
 def _norm(case):
@@ -45,12 +45,19 @@ def _gate(case):
     return getattr(glu, f"glu_{way}_kernel"), tile, constants | ({"EMIT": True} if way == "backward" else {})
 
 
+def _loss(case):
+    tile = row_tables.cross_entropy_tile(case.arch)
+    constants = dict(V=case.outer, SOFTCAP=False, SMOOTH=False, ZLOSS=False, GRADIENT=True, BV=tile.bn, EACH=tile.bk)
+    return cross_entropy.cross_entropy_kernel, tile, constants
+
+
 def build_arguments(case, element: str):
     """(kernel, tile, signature, constants) of a row-wise case."""
     build = _gate if case.operation in _GATES else _norm if case.operation.startswith("norm") else _heads
+    build = _loss if case.operation == "cross_entropy" else build
     kernel, tile, constants = build(case)
     signature = {"M": "i32", "eps": "fp32", "scale": "fp32"}
-    signature |= {name: "*fp32" if name in _FP32 else element for name in kernel.arg_names if name.startswith("p_")}
+    signature |= {name: element for name in kernel.arg_names if name.startswith("p_")} | _TYPES
     return kernel, tile, {k: v for k, v in signature.items() if k in kernel.arg_names}, constants
 
 
@@ -67,6 +74,7 @@ def all_cases(make) -> list:
                 shapes = ((40, 128), (12, 64), (8, 256))
                 cases += [make(op, arch, dtype, outer=head, inner=heads) for heads, head in shapes]
             cases += [make(op, arch, dtype, outer=14336, inner=0) for op in _GATES]
+            cases += [make("cross_entropy", arch, dtype, outer=128256, inner=0)]
         cases += [make(op, arch, torch.bfloat16, outer=width, inner=0) for op in _GATES[::3] for width in (1536, 1001)]
     return cases
 

@@ -39,8 +39,8 @@ def random_b(model: nn.Module, rank: int, generator: torch.Generator) -> None:
                 parameter.copy_(drawn)
 
 
-def add_peft(model: nn.Module, rank: int, dropout: float) -> nn.Module:
-    """PEFT's adapters on all seven projections, in the base's dtype (its fastest setting; its default casts them to fp32).
+def add_peft(model: nn.Module, rank: int, dropout: float, *, fp32: bool = False) -> nn.Module:
+    """PEFT's adapters on all seven projections, in the base's dtype (its fastest setting), or with ``fp32`` as its default makes them.
 
     Raises:
         InputError: PEFT is not installed.
@@ -50,10 +50,10 @@ def add_peft(model: nn.Module, rank: int, dropout: float) -> nn.Module:
 
     config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=dropout, target_modules=list(SEVEN), bias="none")
     base = next(model.parameters())
-    model = get_peft_model(model, config, autocast_adapter_dtype=False).train()
+    model = get_peft_model(model, config, autocast_adapter_dtype=fp32).train()
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(base.dtype)
+            parameter.data = parameter.data.to(torch.float32 if fp32 else base.dtype)
     random_b(model, rank, torch.Generator(base.device).manual_seed(2))
     return model
 

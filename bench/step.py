@@ -46,8 +46,8 @@ def default_systems(shape: Shape) -> list[str]:
     system of its own: it is timed in turns with ``fastlora``."""
     liger, flash = peers.installed("liger_kernel"), peers.installed(peers.FLASH)
     peer = "peft+liger" if liger else "peft"
-    names = ["fastlora", "fastlora+ckpt", peer, f"{peer}+ckpt", "fastlora+dropout", "fastlora+r128", "fastlora+t2048"]
-    names += ["fastlora+rows", f"{peer}+rows"]
+    names = ["fastlora", "fastlora+ckpt", peer, f"{peer}+ckpt", f"{peer}+fp32", f"{peer}+fp32+ckpt"]
+    names += ["fastlora+dropout", "fastlora+r128", "fastlora+t2048", "fastlora+rows", f"{peer}+rows"]
     names += ["fastlora+cap79", "fastlora+ckpt+t2048+cap23"] if shape.name == "llama-3.1-8b" else []
     names += ["frozen+liger+layers" if liger else "frozen+layers"]
     names += ["peft", "peft+ckpt"] if liger else []

@@ -2,7 +2,8 @@
 
 A name is a base and what is added to it: ``frozen``, ``peft`` or ``fastlora``, then ``+compile`` (whole model) or ``+layers`` (a layer
 at a time), ``+liger``, ``+ckpt``, ``+r128``, ``+dropout``, ``+t2048`` (tokens a step), ``+rows`` (uneven short rows), ``+library`` (the longer
-length distribution), and of a single base ``+float`` (no exact sums), ``+nonexact`` (bench/nonexact.py), ``+align64`` (fastlora) or ``+flex``, ``+fa2`` (attention for PEFT's packing).
+length distribution), and of a single base ``+float`` (no exact sums), ``+nonexact`` (bench/nonexact.py), ``+align64`` (fastlora) or ``+flex``, ``+fa2`` (attention for PEFT's packing), ``+fp32`` (PEFT's adapters in fp32, as it
+makes them unless told otherwise; without it they have the base's dtype, its fastest setting).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ BASES = ("frozen", "peft", "fastlora")
 _FLAGS = {
     "compile": BASES[:2], "layers": BASES[:2], "liger": BASES[:2], "ckpt": BASES, "dropout": BASES[1:], "rows": BASES,
     "library": BASES, "float": ("fastlora",), nonexact.NAME: ("fastlora",), "flex": BASES[:2], "fa2": BASES[:2],
+    "fp32": ("peft",),
 }  # fmt: skip
 # What a plain fastlora system can do on the same model, to say what exactness costs.
 OTHERS = (frozenset({"float"}), frozenset({"float", nonexact.NAME}))
@@ -167,7 +169,7 @@ def _transformers(spec: Spec, shape: Shape, device, dtype) -> Running:
     model = build(shape, device, dtype, attention=attention)
     _checkpoint(model, spec)
     patch = peers.Patched(model) if "liger" in spec.flags else None
-    adapted = peers.add_peft(model, spec.rank, spec.dropout) if spec.base == "peft" else model
+    adapted = peers.add_peft(model, spec.rank, spec.dropout, fp32="fp32" in spec.flags) if spec.base == "peft" else model
     call = adapted
     if "compile" in spec.flags:
         call = peers.compiled(adapted)

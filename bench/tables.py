@@ -120,6 +120,8 @@ def derived(rows: list[dict]) -> list[str]:
         ("fastlora", "frozen+compile", "over the compiled frozen model"),
         ("fastlora", "frozen+liger+compile", "over the frozen model with Liger, compiled"),
         ("fastlora+ckpt", "peft+ckpt", "checkpointed, over PEFT"), ("fastlora+ckpt", "peft+liger+ckpt", "checkpointed, over PEFT+Liger"),
+        ("fastlora", "peft+liger+fp32", "over PEFT+Liger as PEFT makes adapters, in fp32"),
+        ("fastlora+ckpt", "peft+liger+fp32+ckpt", "checkpointed, over PEFT+Liger as PEFT makes adapters, in fp32"),
     )  # fmt: skip
     found = [f"{what} {over[top] / over[base]:.3f}" for top, base, what in pairs if top in over and base in over]
     return ["fastlora: " + ", ".join(found)] if found else []

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels import launch
-from fastlora.kernels.tables import Tile
+from fastlora.kernels.row_tables import cross_entropy_tile
 
 
 @triton.jit
@@ -95,10 +95,10 @@ def cross_entropy_(logits, labels, *, softcap=None, logit_scale=1.0, label_smoot
     rows, vocabulary = logits.shape
     loss = torch.empty(rows, device=logits.device, dtype=torch.float32)
     if rows:
-        tile = Tile(1, 4096 if logits.is_cuda else 256, warps=8, stages=2)
+        tile = cross_entropy_tile(launch.arch_of(logits))
         launch.run(
             cross_entropy_kernel, (rows,), tile, logits, labels, loss, float(logit_scale), float(softcap or 1.0),
             float(label_smoothing), float(z_loss), V=vocabulary, SOFTCAP=softcap is not None,
-            SMOOTH=label_smoothing > 0, ZLOSS=z_loss > 0, GRADIENT=gradient, BV=tile.bn, EACH=8,
+            SMOOTH=label_smoothing > 0, ZLOSS=z_loss > 0, GRADIENT=gradient, BV=tile.bn, EACH=tile.bk,
         )
     return loss

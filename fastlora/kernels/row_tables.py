@@ -83,3 +83,9 @@ def head_tile(arch: str, dtype: torch.dtype, heads: int, head_dim: int) -> Tile:
     width = power_of_two(head_dim)
     bm = _block(heads, max(1, each * _FOUR_WARPS // width))
     return Tile(bm, warps=_warps(arch, bm * width, each), stages=1)
+
+
+def cross_entropy_tile(arch: str) -> Tile:
+    """Tile of the loss: bn logits of one row, bk of them a lane. As many threads as a program may have: few rows are then under way, and the
+    second walk finds them in the cache (H200, 128,256 logits: 361 us, by programs of 8 warps 398)."""
+    return Tile(1, 256, 8, warps=4, stages=1) if arch == "interpreter" else Tile(1, 16384, 8, warps=_MOST_THREADS // _lanes(arch), stages=2)

@@ -231,7 +231,7 @@ def sum_b(dy, s, layout, chunks, *, sink=None, b=None):
     ds = None if b is None else torch.empty(rows, layout.columns, device=dy.device, dtype=dy.dtype)
     if rows == 0:
         return (None if sink is not None else torch.zeros(shape, device=dy.device)), ds
-    tile = launch.token_sum_tile(launch.arch_of(dy), dy.dtype, layout.padded, with_ds=b is not None)
+    tile = launch.token_sum_tile(launch.arch_of(dy), dy.dtype, layout.padded, with_ds=b is not None, features=dy.shape[1])
     parts = [launch.cdiv(width, tile.bn) for width in layout.widths]
     partial = None
     if b is not None:
@@ -271,7 +271,7 @@ def sum_a(x, ds, layout, chunks, *, sink=None, dropout=None):
         return None if sink is not None else torch.zeros(shape, device=x.device)
     together = layout.count == 1 or (dropout is None and layout.columns <= MOST_COLUMNS)
     per, columns = (layout.count, layout.columns) if together else (1, layout.padded)
-    tile = launch.token_sum_tile(launch.arch_of(x), x.dtype, columns, with_ds=False)
+    tile = launch.token_sum_tile(launch.arch_of(x), x.dtype, columns, with_ds=False, features=x.shape[1], apart=not together)
     return _launch_sum(
         x, ds, layout, tile, chunks, shape=shape, sink=sink, ranges=((0, x.shape[1]),), per=per, columns=columns, feature_major=False,
         dropout=dropout,

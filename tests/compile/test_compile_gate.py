@@ -65,6 +65,14 @@ def test_kernel_fits_and_does_not_spill(case):
         assert report.wgmma > 0 and report.tma > 0, "no warp-group matrix instruction, or no bulk tensor copy"
 
 
+@pytest.mark.parametrize("operation", ["da", "db_ds", "project"])
+def test_a_step_waits_for_its_own_copies_alone(operation):
+    # a word read in the loop would be copied asynchronously too, and its wait drains the pipeline at every step
+    compiled, _ = compile_case(Case(operation, "sm_90"))
+    waits = re.findall(r"async_wait.*num = (\d+)", compiled.asm["ttgir"])
+    assert len(waits) == 2 and int(waits[0]) > 0 and int(waits[1]) == 0, waits
+
+
 @pytest.mark.parametrize("operation", gate_specialized.OPERATIONS)
 def test_the_specialised_kernels_move_registers_to_the_warps_that_multiply(operation):
     case = Case(operation, "sm_90") if operation in gate_specialized.GEMM else Case(operation, "sm_90", outer=128, inner=0)

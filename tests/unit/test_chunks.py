@@ -32,6 +32,9 @@ def test_chunks_of_start_at_every_document_and_every_longest_step(lengths):
     for unit in range(chunks.units + 2):
         assert before[unit] == sum(w < unit for w in wanted)
         assert following[unit] == min((w for w in wanted if w >= unit), default=chunks.units)
+    # the unit before a chunk is the last of one, and so is the stream's; one more may be read ahead
+    assert chunks.ends.dtype == torch.int8 and len(chunks.ends) == chunks.units + 1
+    assert [unit for unit in range(chunks.units) if chunks.ends[unit]] == [w - 1 for w in (*wanted[1:], chunks.units)]
 
 
 @pytest.mark.parametrize("rows", [0, 1, 63, 128, 129, 1000])
