@@ -23,7 +23,7 @@ def provenance(commit: str | None = None) -> dict:
     """Commit (with a mark when the tree is dirty), device, versions and the date, for a result file.
 
     Args:
-        commit: said by the caller, for a copy of the tree without its history; None asks git.
+        commit: said by the caller of a copy of that commit's tree without its history; None asks git.
     """
 
     def git(*arguments: str) -> str:
@@ -40,7 +40,8 @@ def provenance(commit: str | None = None) -> dict:
             return None
 
     has_gpu = torch.cuda.is_available()
-    dirty = git("status", "--porcelain", "--untracked-files=no")
+    # what git says of a copy is no matter of the commit that was named
+    dirty = "" if commit else git("status", "--porcelain", "--untracked-files=no")
     return {
         "commit": commit or git("rev-parse", "HEAD"),
         "dirty": dirty not in ("", "unknown"),

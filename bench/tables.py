@@ -69,6 +69,17 @@ def named(row: dict) -> str:
     return f"{row['system']} (at {row['commit'][:7]})" if "commit" in row else row["system"]
 
 
+def _case(row: dict) -> str:
+    """A case's name; with the commit, if it was timed at an earlier one than the rest."""
+    return f"{row['case']} (at {row['commit'][:7]})" if "commit" in row else row["case"]
+
+
+def _over(row: dict) -> str:
+    """A row's ratio by the wall clock, and that of the GPU alone, where it was replayed."""
+    graph = row.get("graph", {}).get("over_baseline")
+    return spread(row["over_baseline"]) + (f", GPU alone {graph['median']:.3f}" if graph else "")
+
+
 def _models(rows: list[dict]) -> str:
     body = []
     for row in rows:
@@ -159,11 +170,11 @@ def block_table(result: dict) -> str:
     rows = [row for row in result["rows"] if row["baseline"] == "frozen"]
     by_case: dict[str, dict] = {}
     for row in rows:
-        by_case.setdefault(row["case"], {})[row["system"]] = row
+        by_case.setdefault(_case(row), {})[row["system"]] = row
     body = []
     for case, found in by_case.items():
         first = next(iter(found.values()))
-        cells = [spread(found[s]["over_baseline"]) if s in found else "-" for s in _SYSTEMS]
+        cells = [_over(found[s]) if s in found else "-" for s in _SYSTEMS]
         memory = gib(found["fastlora"]["peak_bytes"]) if "fastlora" in found else "-"
         body.append((case, f"{first['baseline_time']['median_ms']:.3f}", *cells, f"{memory} / {gib(first['baseline_peak_bytes'])}"))
     if not body:
@@ -220,7 +231,7 @@ def kernel_table(result: dict) -> str:
             rate = f"{row['teraflops']:.0f} TFLOP/s"
         elif "gigabytes_per_second" in row:
             rate = f"{row['gigabytes_per_second']:,.0f} GB/s, {1 / row['over_baseline']['median']:.0%} of the copy"
-        case = row["case"] if row["system"] == "fastlora" else f"{row['case']}, {row['system']}"
+        case = _case(row) if row["system"] == "fastlora" else f"{_case(row)}, {row['system']}"
         body.append((case, f"{row['time']['median_ms']:.4f}", row["baseline"], spread(row["over_baseline"]), rate))
     titles = (f"kernel, one {device_label(result['provenance'])}", "ms", "against", "over it", "rate")
     return table(titles, body) + f"\n\n{noise(result['rows'])}."
