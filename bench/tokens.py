@@ -2,8 +2,9 @@
 
 ``python -m bench.tokens`` draws chats (or plain texts, or pairs) from the sources of Python's standard library and tokenizes
 them with SmolLM2's tokenizer, that of the demo, twice: ``encode_task`` from the file's bytes to arrays, and the fast tokenizer
-alone, one batch call on the strings that hold each row whole, already read and rendered. Both run in this process on one
-thread, as a worker does, in turn over the same pieces of 2 MiB; the ratio of the minima of each piece is what is printed.
+alone: one batch call on the strings that hold each row whole, already read and rendered. Beside it stands what the tokenizer takes for
+what the shape asks of it: a chat is rendered too, and a prompt is tokenized by itself besides (its ids are those of generation). All run in
+this process on one thread, as a worker does, in turn over the same pieces of 2 MiB; ratios of the minima of each piece are printed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Annotated
 import typer
 
 from fastlora.encode import check_text
-from fastlora.sources import parse, records, tasks
+from fastlora.sources import Task, parse, records, tasks
 from fastlora.tokenizing import Encoding, encode_task
 
 # The demo's template (ChatML) as it stands, and others for the same tokens.
@@ -69,8 +70,40 @@ def whole(record: dict, tokenizer) -> str:
     return check_text(record["text"] if "text" in record else record["prompt"] + record["completion"], "text")
 
 
-def measure(shape: str, template: str, turns: int, size: int, repeats: int) -> tuple[list[float], float, int]:
-    """(ratio of each piece, MB a second of ``encode_task``, tokens)."""
+OPTIONS = dict(add_special_tokens=False, verbose=False, return_attention_mask=False, return_token_type_ids=False)
+
+
+def asked(parsed: list[dict], texts: list[str], tokenizer) -> None:
+    """The tokenizer's own calls for these rows; ``texts`` are their whole strings."""
+    if "messages" in parsed[0]:
+        tokenizer.apply_chat_template([record["messages"] for record in parsed], tokenize=True)
+        return
+    tokenizer(texts, **OPTIONS)
+    if "prompt" in parsed[0]:
+        tokenizer([record["prompt"] for record in parsed], **OPTIONS)
+
+
+def timed(call) -> float:
+    """Seconds of a call."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def piece_times(task: Task, encoding: Encoding, repeats: int) -> tuple[float, float, float, int]:
+    """(least seconds of one call on the whole strings, of the calls of :func:`asked`, of ``encode_task``; tokens)."""
+    tokenizer, parsed = encoding.tokenizer, [parse(raw) for _, _, raw in records(task)]
+    texts = [whole(record, tokenizer) for record in parsed]
+    piece = encode_task(task, encoding)
+    assert not piece.problems, piece.problems[0]
+    calls = (lambda: tokenizer(texts, **OPTIONS)), (lambda: asked(parsed, texts, tokenizer)), (lambda: encode_task(task, encoding))
+    # in turn, so that a machine that slows down slows all of them
+    taken = [[timed(call) for call in calls] for _ in range(repeats)]
+    return *(min(times) for times in zip(*taken)), len(piece.ids)
+
+
+def measure(shape: str, template: str, turns: int, size: int, repeats: int) -> tuple[list[float], list[float], float, int]:
+    """(of each piece: ratio over one call on whole strings, ratio over the calls of :func:`asked`; MB a second of ``encode_task``; tokens)."""
     from transformers import AutoTokenizer
 
     from fastlora.demo_model import GGUF_FILE, fetch
@@ -79,25 +112,12 @@ def measure(shape: str, template: str, turns: int, size: int, repeats: int) -> t
     tokenizer = AutoTokenizer.from_pretrained(fetch(say=lambda text: None), gguf_file=GGUF_FILE)
     tokenizer.chat_template = TEMPLATES[template] or tokenizer.chat_template
     encoding = Encoding(tokenizer, shape, None, "refuse")
-    ratios, seconds, tokens = [], 0.0, 0
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "rows.jsonl"
         path.write_text("\n".join(drawn(shape, turns, size)) + "\n", encoding="utf-8")
-        for task in tasks([path]):
-            texts = [whole(parse(raw), tokenizer) for _, _, raw in records(task)]
-            alone, rows = [], []
-            for _ in range(repeats):
-                began = time.perf_counter()
-                tokenizer(texts, add_special_tokens=False, verbose=False, return_attention_mask=False,
-                          return_token_type_ids=False)
-                alone.append(time.perf_counter() - began)
-                began = time.perf_counter()
-                piece = encode_task(task, encoding)
-                rows.append(time.perf_counter() - began)
-            assert not piece.problems, piece.problems[0]
-            ratios.append(min(rows) / min(alone))
-            seconds, tokens = seconds + min(rows), tokens + len(piece.ids)
-    return ratios, size / 1e6 / seconds, tokens
+        alone, own, rows, tokens = zip(*(piece_times(task, encoding, repeats) for task in tasks([path])))
+    over_whole, over_asked = ([r / t for r, t in zip(rows, times)] for times in (alone, own))
+    return over_whole, over_asked, size / 1e6 / sum(rows), sum(tokens)
 
 
 def main(
@@ -108,10 +128,10 @@ def main(
     repeats: Annotated[int, typer.Option(help="Times each piece is encoded either way.")] = 5,
 ) -> None:
     """Measure one shape and print one line."""
-    ratios, rate, tokens = measure(shape, template, turns, int(megabytes * 1e6), repeats)
+    over_whole, over_asked, rate, tokens = measure(shape, template, turns, int(megabytes * 1e6), repeats)
     name = f"{shape} {template} turns {turns}" if shape == "messages" else shape
-    print(f"{name}: {statistics.median(ratios):.2f}x the tokenizer's own time (pieces {min(ratios):.2f} to {max(ratios):.2f}), "
-          f"{rate:.1f} MB/s on one core, {tokens} tokens")
+    print(f"{name}: {statistics.median(over_whole):.2f}x the tokenizer's time for whole strings (pieces {min(over_whole):.2f} to "
+          f"{max(over_whole):.2f}), {statistics.median(over_asked):.2f}x its own calls, {rate:.1f} MB/s on one core, {tokens} tokens")
 
 
 if __name__ == "__main__":

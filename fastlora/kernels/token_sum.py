@@ -99,7 +99,7 @@ def token_sum_kernel(
                 b_keep = keep_mask(b_token, i_f * BF, seed, threshold, BM, BF)
                 b_wide = tl.where(b_keep, b_wide.to(tl.float32) * keep_scale, 0.0).to(b_wide.dtype)
             b_sum = tl.dot(tl.trans(b_wide), b_narrow, b_sum, input_precision=PRECISION)
-        if EXACT:
+        if EXACT:  # noqa: SIM102 - decided when compiled, the other when run
             if ends != 0:
                 # |partial| as its bit pattern: orders like the number, and anything non-finite lies at or above inf
                 b_bits = b_sum.to(tl.int32, bitcast=True) & 0x7FFFFFFF
