@@ -128,6 +128,7 @@ def dropout_arguments(dropout: Dropout | None, filler: torch.Tensor) -> _Dropout
     return _DropoutArguments(True, dropout.tokens, seeds, dropout.threshold << 16, dropout.keep_scale)
 
 
+# (binary, constants in the kernel's order, the kernel: while it is held here, no other one can have its id)
 _binaries: dict[tuple, tuple] = {}
 
 
@@ -146,7 +147,7 @@ def run(kernel, grid: tuple[int, ...], tile: Tile, *arguments, **constants) -> N
     key = (id(kernel), index, tile, tensor.dtype, *[a.dtype for a in arguments if a.__class__ is torch.Tensor], *constants.values())
     known = _binaries.get(key)
     if known is not None and torch.cuda.current_device() == index:
-        compiled, ordered = known
+        compiled, ordered, _ = known
         _start(compiled, grid + (1,) * (3 - len(grid)), index, arguments, ordered)
         return
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": tile.fusion}
@@ -155,7 +156,7 @@ def run(kernel, grid: tuple[int, ...], tile: Tile, *arguments, **constants) -> N
         return
     with torch.cuda.device(tensor.device):
         compiled = kernel[grid](*arguments, **constants, **options)
-    _binaries[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+    _binaries[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :]), kernel
 
 
 def _start(compiled, grid: tuple[int, int, int], index: int, arguments: tuple, ordered: tuple) -> None:
