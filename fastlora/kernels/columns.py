@@ -49,7 +49,7 @@ class Columns:
         """Columns of S: a power of two; those of no projection are zero."""
         return padded_rank(self.count * self.padded)
 
-    @property
+    @functools.cached_property
     def ranges(self) -> tuple[tuple[int, int], ...]:
         """(start, width) of each projection's output features."""
         return tuple(zip(self.starts, self.widths))

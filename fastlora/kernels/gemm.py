@@ -188,11 +188,10 @@ def gemm(x, weight, s=None, b=None, bias=None, *, transposed, dropout=None, layo
     arch = launch.arch_of(x)
     drop = launch.dropout_arguments(dropout, x)
     tma = launch.can_use_tma(arch, x.dtype, inner, outer)
-    ragged = launch.is_ragged(x.dtype, inner, outer)
     specialized = tma and not drop.active and hopper.usable(arch, gemm_specialized.NAME)
     if specialized and gemm_specialized.run(x, weight, s, b, bias, out, transposed=transposed, layout=layout):
         return out
-    tile = launch.gemm_tile(arch, x.dtype, dropout=drop.active, tma=tma, ragged=ragged)
+    tile = launch.gemm_tile(arch, x.dtype, dropout=drop.active, tma=tma, ragged=launch.is_ragged(x.dtype, inner, outer))
     # without dropout the projections' products are one product; with it each has its own mask, and padding columns are left out
     count = len(dropout.seeds) if drop.active else 1
     used = rank if layout is None or not drop.active else count * layout.padded

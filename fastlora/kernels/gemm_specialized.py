@@ -9,6 +9,8 @@ The rank-r product is one more block of the ring. Source: the warp-specialised p
 
 from __future__ import annotations
 
+import functools
+
 from fastlora.kernels import launch
 from fastlora.kernels.hopper import (
     MISSING,
@@ -195,9 +197,9 @@ if MISSING is None:
         )  # fmt: skip
 
 
+@functools.cache
 def blocks_of(tile, *, transposed: bool) -> dict[str, tuple[int, int]]:
     """The block [rows, columns] of each descriptor of the kernel."""
-
     x, w = (tile.bm // 2, tile.bk), (tile.bn, tile.bk) if transposed else (tile.bk, tile.bn)
     return {"d_x": x, "d_w": w, "d_s": x, "d_b": w, "d_y": (tile.bm // 2, tile.bn // PARTS)}
 

@@ -74,6 +74,7 @@ def is_ragged(dtype: torch.dtype, *features: int) -> bool:
 TMA_MIN_INNER = 128
 
 
+@functools.cache
 def can_use_tma(arch: str, dtype: torch.dtype, inner: int, outer: int) -> bool:
     """Whether bulk tensor copies serve this product: rows of 16-byte multiples, a 16-bit dtype, K (``inner``) of two steps."""
     fits = arch in TMA_ARCHITECTURES and dtype != torch.float32 and inner >= TMA_MIN_INNER

@@ -7,6 +7,8 @@ operand under way and enough programs fit on a multiprocessor to hide them. 16 e
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from fastlora.kernels.tables import Tile
@@ -52,6 +54,7 @@ def reads_again(dtype: torch.dtype, width: int) -> bool:
     return power_of_two(width) * dtype.itemsize > 32 * 1024
 
 
+@functools.cache
 def norm_tile(arch: str, dtype: torch.dtype, width: int) -> Tile:
     """Tile of RMSNorm: bm rows whole, bk their width as a power of two."""
     bk = power_of_two(max(width, 16))
@@ -65,6 +68,7 @@ def norm_tile(arch: str, dtype: torch.dtype, width: int) -> Tile:
     return Tile(bm, bk=bk, warps=warps, stages=1)
 
 
+@functools.cache
 def glu_tile(arch: str, dtype: torch.dtype, width: int) -> Tile:
     """Tile of the gates: bn columns of one row."""
     if arch == "interpreter":
@@ -74,17 +78,20 @@ def glu_tile(arch: str, dtype: torch.dtype, width: int) -> Tile:
     return Tile(1, bn, warps=_warps(arch, bn, each), stages=1)
 
 
+@functools.cache
 def head_tile(arch: str, dtype: torch.dtype, heads: int, head_dim: int) -> Tile:
     """Tile of RoPE and of the norm of heads: bm heads of one token."""
     if arch == "interpreter":
         return Tile(64, warps=4, stages=1)
-    # a load of each half of a head's features, so one a thread (H200, 40 heads of 128: 43 us; with two, 53)
-    each = _each(dtype) // 2
+    each = _each(dtype)
     width = power_of_two(head_dim)
-    bm = _block(heads, max(1, each * _FOUR_WARPS // width))
+    # a load of each half of the features a thread, in two warps (H200, 40 heads of 128: 44 us, by programs of four 53); wide heads in four
+    most = each * _FOUR_WARPS // (2 if width <= 128 else 1)
+    bm = _block(heads, max(1, most // width))
     return Tile(bm, warps=_warps(arch, bm * width, each), stages=1)
 
 
+@functools.cache
 def cross_entropy_tile(arch: str) -> Tile:
     """Tile of the loss: bn logits of one row, bk of them a lane. As many threads as a program may have: few rows are then under way, and the
     second walk finds them in the cache (H200, 128,256 logits: 361 us, by programs of 8 warps 398)."""
