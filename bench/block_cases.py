@@ -52,7 +52,7 @@ def _on_documents(tokens: int, device: str, call):
     """``call`` as a training step makes it: its rows are documents of 2,048 tokens, or a shorter one."""
     each = min(tokens, DOCUMENT)
     count = tokens // each
-    where = stream.Stream((each,) * count, stream.alignment_for(device), tuple(range(count)), 0, 1)
+    where = stream.Stream((each,) * count, stream.alignment_for(device), tuple(range(count)))
 
     def on_documents():
         with stream.use(where):

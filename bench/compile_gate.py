@@ -24,7 +24,7 @@ from fastlora.kernels import project as project_file
 from fastlora.kernels import tables
 from fastlora.kernels import token_sum as token_sum_file
 from fastlora.kernels.chunks import UNIT
-from fastlora.kernels.columns import Columns
+from fastlora.kernels.columns import Columns, starts_and_widths
 
 _TYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -92,32 +92,30 @@ def build_arguments(case: Case):
     if case.operation in ("project", "ds"):
         apart = case.operation == "ds"
         columns = layout.padded if case.dropout or apart else min(layout.columns, 256)
-        ranges = (layout.starts, layout.widths) if apart else ((0,), (case.inner,))
-        (*starts,), (*widths,) = ((*numbers, 0, 0)[:3] for numbers in ranges)
+        starts, widths = starts_and_widths(layout.ranges if apart else ((0, case.inner),))
         tile = tables.project_tile(case.arch, case.dtype, columns, apart=apart)
         signature = {"p_x": element, "p_w": element, "p_s": element, "p_scale": "*fp32", "p_token": "*i64", "M": "i32"} | drop
         constants = dict(
             LD=case.outer if apart else case.inner, LR=layout.columns, W_R=1 if apart else case.inner, W_F=layout.columns if apart else 1,
-            START0=starts[0], START1=starts[1], START2=starts[2], F0=widths[0], F1=widths[1], F2=widths[2], DROPOUT=case.dropout, PRECISION=precision, BM=tile.bm, BF=tile.bk, C=columns,
+            START0=starts[0], START1=starts[1], START2=starts[2], F0=widths[0], F1=widths[1], F2=widths[2],
+            DROPOUT=case.dropout, PRECISION=precision, BM=tile.bm, BF=tile.bk, C=columns,
         )  # fmt: skip
         return project_file.project_kernel, tile, signature, constants
     if case.operation in ("da", "db", "db_ds"):
         with_ds, major = case.operation == "db_ds", case.operation != "da"
-        together = not major and not case.dropout and layout.columns <= token_sum_file.MOST_COLUMNS
+        together = not major and (case.count == 1 or not case.dropout and layout.columns <= token_sum_file.MOST_COLUMNS)
         per, columns = (case.count, layout.columns) if together else (1, layout.padded)
-        apart = not major and not together and case.count > 1
-        tile = tables.token_sum_tile(
-            case.arch, case.dtype, columns, with_ds=with_ds, features=case.outer if major else case.inner, apart=apart
-        )
+        features = case.outer if major else case.inner
+        apart = not major and not together
+        tile = tables.token_sum_tile(case.arch, case.dtype, columns, with_ds=with_ds, features=features, apart=apart)
         signature = {"p_wide": element, "p_narrow": element, "p_out": "*i64" if case.exact else "*fp32"}
         signature |= {"p_stats": "*i64" if case.exact else element, "p_b": element}
         signature |= {"p_ds": "*fp32" if with_ds else element, "p_token": "*i64", "p_table": "*i32", "p_ends": "*i8"}
         signature |= {"M": "i32", "units": "i32", "runs": "i32", "first_chunk": "i64"} | drop
-        features = case.outer if major else case.inner
-        ranges = [*(layout.ranges if major else ((0, features),)), (0, 0), (0, 0)]
+        starts, widths = starts_and_widths(layout.ranges if major else ((0, features),))
         constants = dict(
             LD=features, LR=layout.columns, B_LD=layout.columns, R=layout.padded, RANK=case.rank, PER=per, C=columns,
-            START0=ranges[0][0], START1=ranges[1][0], START2=ranges[2][0], F0=ranges[0][1], F1=ranges[1][1], F2=ranges[2][1],
+            START0=starts[0], START1=starts[1], START2=starts[2], F0=widths[0], F1=widths[1], F2=widths[2],
             OUT_F=case.rank if major else 1, OUT_R=1 if major else features, OUT_SIZE=features * case.rank * case.count,
             EXACT=case.exact, WITH_DS=with_ds, DROPOUT=case.dropout, PRECISION=precision, UNIT=UNIT,
             BM=tile.bm, BF=tile.bn,

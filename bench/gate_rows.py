@@ -1,7 +1,7 @@
 """How the compile gate builds the row-wise kernels, in the variant that keeps most in registers.
 
-Norms: ``outer`` is the width. The loss: ``outer`` is the vocabulary. RoPE and the norm of heads: ``outer`` is the head's width, ``inner`` the number of heads. Gates:
-``outer`` is the width of a half, the activation is part of the operation's name.
+Norms: ``outer`` is the width. The loss: ``outer`` is the vocabulary. RoPE and the norm of heads: ``outer`` is the head's width, ``inner``
+the number of heads. Gates: ``outer`` is the width of a half, the activation is part of the operation's name.
 """
 
 from __future__ import annotations
@@ -47,15 +47,14 @@ def _gate(case):
 
 def _loss(case):
     tile = row_tables.cross_entropy_tile(case.arch)
-    constants = dict(V=case.outer, SOFTCAP=False, SMOOTH=False, ZLOSS=False, GRADIENT=True, BV=tile.bn, EACH=tile.bk)
+    constants = dict(V=case.outer, SOFTCAP=True, SMOOTH=True, ZLOSS=True, GRADIENT=True, BV=tile.bn, EACH=tile.bk)
     return cross_entropy.cross_entropy_kernel, tile, constants
 
 
 def build_arguments(case, element: str):
     """(kernel, tile, signature, constants) of a row-wise case."""
-    build = _gate if case.operation in _GATES else _norm if case.operation.startswith("norm") else _heads
-    build = _loss if case.operation == "cross_entropy" else build
-    kernel, tile, constants = build(case)
+    own = dict.fromkeys(_GATES, _gate) | dict.fromkeys(("norm_forward", "norm_backward"), _norm) | {"cross_entropy": _loss}
+    kernel, tile, constants = own.get(case.operation, _heads)(case)
     signature = {"M": "i32", "eps": "fp32", "scale": "fp32"}
     signature |= {name: element for name in kernel.arg_names if name.startswith("p_")} | _TYPES
     return kernel, tile, {k: v for k, v in signature.items() if k in kernel.arg_names}, constants

@@ -2,8 +2,9 @@
 
 A name is a base and what is added to it: ``frozen``, ``peft`` or ``fastlora``, then ``+compile`` (whole model) or ``+layers`` (a layer
 at a time), ``+liger``, ``+ckpt``, ``+r128``, ``+dropout``, ``+t2048`` (tokens a step), ``+rows`` (uneven short rows), ``+library`` (the longer
-length distribution), and of a single base ``+float`` (no exact sums), ``+nonexact`` (bench/nonexact.py), ``+align64`` (fastlora) or ``+flex``, ``+fa2`` (attention for PEFT's packing), ``+fp32`` (PEFT's adapters in fp32, as it
-makes them unless told otherwise; without it they have the base's dtype, its fastest setting).
+length distribution), and of a single base ``+float`` (no exact sums), ``+nonexact`` (bench/nonexact.py), ``+align64`` (fastlora) or ``+flex``,
+``+fa2`` (attention for PEFT's packing), ``+fp32`` (PEFT's adapters in fp32, as it makes them unless told otherwise; without it they have
+the base's dtype, its fastest setting).
 """
 
 from __future__ import annotations

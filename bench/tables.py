@@ -64,14 +64,9 @@ def step_table(result: dict) -> str:
     return "\n\n".join(parts)
 
 
-def named(row: dict) -> str:
-    """A system's name; with the commit, if it was timed at an earlier one than the rest."""
-    return f"{row['system']} (at {row['commit'][:7]})" if "commit" in row else row["system"]
-
-
-def _case(row: dict) -> str:
-    """A case's name; with the commit, if it was timed at an earlier one than the rest."""
-    return f"{row['case']} (at {row['commit'][:7]})" if "commit" in row else row["case"]
+def named(row: dict, key: str = "system") -> str:
+    """A row's system or case; with the commit, if it was timed at an earlier one than the rest."""
+    return f"{row[key]} (at {row['commit'][:7]})" if "commit" in row else row[key]
 
 
 def _over(row: dict) -> str:
@@ -170,7 +165,7 @@ def block_table(result: dict) -> str:
     rows = [row for row in result["rows"] if row["baseline"] == "frozen"]
     by_case: dict[str, dict] = {}
     for row in rows:
-        by_case.setdefault(_case(row), {})[row["system"]] = row
+        by_case.setdefault(named(row, "case"), {})[row["system"]] = row
     body = []
     for case, found in by_case.items():
         first = next(iter(found.values()))
@@ -231,7 +226,7 @@ def kernel_table(result: dict) -> str:
             rate = f"{row['teraflops']:.0f} TFLOP/s"
         elif "gigabytes_per_second" in row:
             rate = f"{row['gigabytes_per_second']:,.0f} GB/s, {1 / row['over_baseline']['median']:.0%} of the copy"
-        case = _case(row) if row["system"] == "fastlora" else f"{_case(row)}, {row['system']}"
+        case = named(row, "case") if row["system"] == "fastlora" else f"{named(row, 'case')}, {row['system']}"
         body.append((case, f"{row['time']['median_ms']:.4f}", row["baseline"], spread(row["over_baseline"]), rate))
     titles = (f"kernel, one {device_label(result['provenance'])}", "ms", "against", "over it", "rate")
     return table(titles, body) + f"\n\n{noise(result['rows'])}."

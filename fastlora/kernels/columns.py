@@ -13,6 +13,11 @@ from fastlora.kernels.launch import padded_rank
 MOST = 3
 
 
+def starts_and_widths(ranges: tuple[tuple[int, int], ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Starts and widths of :data:`MOST` ranges of features, as kernels take them: those that are missing are empty."""
+    return tuple(zip(*(*ranges, *[(0, 0)] * (MOST - len(ranges)))))
+
+
 @dataclasses.dataclass(frozen=True)
 class Columns:
     """Layout of the low-rank side of up to three projections that read one input.

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels import launch
-from fastlora.kernels.columns import MOST
+from fastlora.kernels.columns import starts_and_widths
 from fastlora.kernels.tile import keep_mask
 
 
@@ -78,7 +78,7 @@ def project(x, weight, layout, dropout=None, *, transposed=False):
     # of a block-diagonal weight each projection reads its own features
     apart = transposed and layout.count > 1
     columns = layout.padded if apart or dropout is not None else min(total, _MOST_COLUMNS)
-    starts, widths = zip(*(*layout.ranges, (0, 0), (0, 0))[:MOST]) if apart else ((0, 0, 0), (features, 0, 0))
+    starts, widths = starts_and_widths(layout.ranges if apart else ((0, features),))
     tile = launch.project_tile(launch.arch_of(x), x.dtype, columns, apart=apart)
     drop = launch.dropout_arguments(dropout, x)
     launch.run(

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from fastlora.kernels import launch
 from fastlora.kernels.chunks import LONGEST, UNIT, Chunks
-from fastlora.kernels.columns import MOST
+from fastlora.kernels.columns import MOST, starts_and_widths
 from fastlora.kernels.tile import keep_mask, to_fixed
 
 
@@ -196,7 +196,7 @@ def _launch_sum(
     blocks = sum(launch.cdiv(width, tile.bn) for _, width in ranges)
     runs = _runs(chunks, blocks, tile.each, wide.device)
     depth = layout.count if not feature_major and per == 1 else 1
-    starts, widths = zip(*(*ranges, (0, 0), (0, 0))[:MOST])
+    starts, widths = starts_and_widths(ranges)
     if sink is not None:
         out, stats, first = sink.total, sink.stats, sink.count(chunks.count)
     else:

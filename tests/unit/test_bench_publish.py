@@ -117,6 +117,17 @@ def test_small_table_says_that_graphs_were_not_tried_and_that_none_is_above():
     assert "Wall clock above PEFT's maths from 1,024 tokens on: none of 1." in text
 
 
+def test_block_and_kernel_tables_say_what_is_of_an_earlier_commit_and_the_gpus_own_time():
+    found = results()
+    block, kernel = found["b-block"], found["c-kernel"]
+    block["rows"][0]["graph"] = {"over_baseline": RATIO | {"median": 1.25}}
+    block["rows"].append(block["rows"][0] | {"case": "norm", "commit": "fedcba9876"})
+    kernel["rows"].append(kernel["rows"][0] | {"case": "rope", "commit": "fedcba9876"})
+    said = tables.block_table(block)
+    assert "| qkv-r16 |" in said and "| norm (at fedcba9) |" in said and said.count(", GPU alone 1.250") == 2
+    assert "| gemm |" in tables.kernel_table(kernel) and "| rope (at fedcba9) |" in tables.kernel_table(kernel)
+
+
 def test_publish_takes_the_newest_of_each_device(place):
     found = results()
     older, other = copy.deepcopy(found["a-step"]), copy.deepcopy(found["a-step"])

@@ -141,7 +141,7 @@ def test_check_linear_holds_at_odd_features():
 
 
 @pytest.mark.parametrize(
-    "name", ["unsloth", "peft+float", "peft+nonexact", "fastlora+compile", "frozen+r16", "peft+align64", "fastlora+r0", "peft+", "fastlora+nonsense"]
+    "name", ["unsloth", "peft+float", "peft+nonexact", "fastlora+compile", "frozen+r16", "peft+align64", "fastlora+fp32", "fastlora+r0", "peft+", "fastlora+nonsense"]
 )
 def test_parse_refuses_unknown_systems(name):
     with pytest.raises(InputError, match="systems"):
@@ -154,6 +154,16 @@ def test_parse_reads_parts():
     assert systems.parse("peft+library").lengths == "library"
     assert systems.parse("fastlora+dropout").dropout == 0.1
     assert systems.parse("fastlora+nonexact").flags == {"nonexact", "float"}
+
+
+@pytest.mark.parametrize(("name", "kept"), [("peft", torch.bfloat16), ("peft+fp32", torch.float32)])
+def test_pefts_adapters_have_the_bases_dtype_or_as_it_makes_them_fp32(name, kept, monkeypatch):
+    pytest.importorskip("peft")
+    made, add = [], systems.peers.add_peft
+    monkeypatch.setattr(systems.peers, "add_peft", lambda *a, **k: made.append(add(*a, **k)) or made[-1])
+    running = systems.start(systems.parse(name, tokens=64, rank=4), SHAPES["tiny"], "cpu", torch.bfloat16)
+    assert {p.dtype for p in made[0].parameters() if p.requires_grad} == {kept}
+    running.step()
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=lambda shape: shape.name)

@@ -68,7 +68,7 @@ def test_launches_are_none_without_a_gpu(monkeypatch):
 
 def test_provenance_names_commit_versions_and_device(monkeypatch):
     said = provenance("abc")
-    assert said["commit"] == "abc"
+    assert said["commit"] == "abc" and said["dirty"] is False
     assert {"python", "torch", "transformers", "triton", "peft", "liger-kernel"} <= set(said["versions"])
     assert {"gpu", "cpu", "date", "dirty", "threads"} <= set(said)
     assert device_label({"gpu": "NVIDIA H100 80GB HBM3"}) == "H100 80GB HBM3"
