@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench import gate_adamw, gate_attention, gate_rows, gate_specialized, gate_table
+from bench import gate_attention, gate_flat, gate_rows, gate_specialized, gate_table
 from fastlora.kernels import gemm as gemm_file
 from fastlora.kernels import project as project_file
 from fastlora.kernels import tables
@@ -83,8 +83,8 @@ def build_arguments(case: Case):
     precision = "ieee" if case.dtype == torch.float32 else "tf32"
     if case.operation in gate_attention.OPERATIONS:
         return gate_attention.build_arguments(case, element)
-    if case.operation in gate_adamw.OPERATIONS:
-        return gate_adamw.build_arguments(case)
+    if case.operation in gate_flat.OPERATIONS:
+        return gate_flat.build_arguments(case, element)
     if case.operation in gate_specialized.OPERATIONS:
         return gate_specialized.build_arguments(case, element, layout)
     if case.operation in gate_rows.OPERATIONS:
@@ -227,7 +227,8 @@ def all_cases() -> list[Case]:
         cases += [Case("gemm", arch, outer=6144, count=3), Case("gemm", arch, outer=6144, count=3, transposed=False)]
         cases += [Case("gemm", arch, outer=6144, count=3, transposed=False, dropout=True)]
         cases += [Case("gemm", arch, outer=257, inner=129), Case("gemm", arch, torch.float16)]
-        cases += [Case(op, arch, torch.float32, outer=0, inner=0, exact=exact) for op in gate_adamw.OPERATIONS for exact in (True, False)]
+        cases += [Case(op, arch, torch.float32, outer=0, inner=0, exact=exact) for op in gate_flat.OPTIMISER for exact in (True, False)]
+        cases += [Case("factors", arch), Case("factors", arch, rank=20, outer=576)]
         for head in (64, 128, 256)[: 2 if tables.ATTENTION_MAX_HEAD[arch] == 128 else 3]:
             cases += [Case(op, arch, outer=head, inner=0) for op in gate_attention.OPERATIONS]
     return cases + gate_rows.all_cases(Case) + gate_specialized.all_cases(Case)

@@ -63,11 +63,11 @@ def measure(kind: str) -> dict:
         fused = fuse(model, checkpoint_every=int(bool(checkpointed)))
     if fused.refused:
         raise RuntimeError(f"{kind}: {fused.refused[0][1]}")
-    plain_run, plain_forward = launch.run, layer_file._forward
+    plain_launch, plain_forward = launch.Launch.__call__, layer_file._forward
 
-    def run(kernel, *arguments, **constants):
-        counts[kernel.fn.__name__] += 1
-        plain_run(kernel, *arguments, **constants)
+    def counted(self, *arguments):
+        counts[self.kernel.fn.__name__] += 1
+        plain_launch(self, *arguments)
 
     def forward(*arguments):
         out, saved = plain_forward(*arguments)
@@ -76,7 +76,7 @@ def measure(kind: str) -> dict:
 
     one = stream.Stream((TOKENS,), TOKENS, (0,))
     h = torch.randn(1, TOKENS, 32, requires_grad=True)
-    launch.run, layer_file._forward = run, forward
+    launch.Launch.__call__, layer_file._forward = counted, forward
     try:
         with backend.use("triton"), stream.use(one), exact(model):
             y = model.get_decoder()(inputs_embeds=h, position_ids=one.positions()[None], use_cache=False).last_hidden_state
@@ -84,7 +84,7 @@ def measure(kind: str) -> dict:
             counts.clear()
             y.backward(torch.ones_like(y))
     finally:
-        launch.run, layer_file._forward = plain_run, plain_forward
+        launch.Launch.__call__, layer_file._forward = plain_launch, plain_forward
     discard(model)
     fused.undo()
     found = {

@@ -275,8 +275,10 @@ class BatchLoss:
     gradient_scale: float = 1.0
 
     def backward(self) -> None:
-        """The backward pass of ``total`` times ``gradient_scale``."""
-        (self.total * self.gradient_scale).backward()
+        """The backward pass of ``total`` times ``gradient_scale``, on the calling thread: the one that autograd keeps for a GPU would
+        find the forward's objects in no cache, and its launches take half as long again."""
+        with torch.autograd.set_multithreading_enabled(False):
+            (self.total * self.gradient_scale).backward()
 
 
 class Objective:

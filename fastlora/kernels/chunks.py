@@ -18,6 +18,12 @@ UNIT = 64
 LONGEST, LONGEST_ALONE = 512, 128
 
 
+def longest_of(tokens: int) -> int:
+    """Longest chunk of a document of that many tokens. A chunk is one program's, so a document that is one chunk leaves many
+    multiprocessors idle where it is alone."""
+    return LONGEST if tokens > LONGEST else LONGEST // 2
+
+
 @dataclasses.dataclass(frozen=True)
 class Chunks:
     """Chunks of ``rows`` tokens: how many, and where.
@@ -47,10 +53,10 @@ def chunks_of(rows: int, spans: tuple[tuple[int, int], ...] | None, device: torc
         spans: (start, stop) of the documents that fill the rows; None, or documents that do not all start at a multiple of 64: fixed
             chunks from row 0 on.
     """
-    longest = LONGEST
+    longest = longest_of
     if spans is None or any(start % UNIT for start, _ in spans):
-        spans, longest = ((0, rows),), LONGEST_ALONE
-    starts = [row // UNIT for start, stop in spans for row in range(start, stop, longest)]
+        spans, longest = ((0, rows),), lambda tokens: LONGEST_ALONE
+    starts = [row // UNIT for start, stop in spans for row in range(start, stop, longest(stop - start))]
     units = -(-rows // UNIT)
     before = [bisect.bisect_left(starts, unit) for unit in range(units + 2)]
     following = [starts[place] if place < len(starts) else units for place in before]

@@ -35,6 +35,14 @@ class Columns:
     scales: tuple[float, ...]
 
     @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.ranks, self.starts, self.widths, self.scales))
+
+    def __hash__(self) -> int:
+        """Worked out once: plans of launches are looked up by layouts."""
+        return self._hash
+
+    @functools.cached_property
     def count(self) -> int:
         """Projections with an adapter."""
         return len(self.ranks)

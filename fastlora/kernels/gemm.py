@@ -11,6 +11,8 @@ when rows are multiples of 16 bytes; and on 9.0, without dropout in the epilogue
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -181,47 +183,58 @@ def gemm(x, weight, s=None, b=None, bias=None, *, transposed, dropout=None, layo
     """
     rows, inner = x.shape
     outer = weight.shape[0] if transposed else weight.shape[1]
-    rank = 0 if s is None else s.shape[1]
-    out = torch.empty(rows, outer, device=x.device, dtype=x.dtype)
+    out = x.new_empty((rows, outer))
     if rows == 0:
         return out
-    arch = launch.arch_of(x)
-    drop = launch.dropout_arguments(dropout, x)
-    tma = launch.can_use_tma(arch, x.dtype, inner, outer)
-    specialized = tma and not drop.active and hopper.usable(arch, gemm_specialized.NAME)
+    tma = launch.can_use_tma(launch.arch_of(x), x.dtype, inner, outer)
+    specialized = tma and dropout is None and hopper.usable(launch.arch_of(x), gemm_specialized.NAME)
     if specialized and gemm_specialized.run(x, weight, s, b, bias, out, transposed=transposed, layout=layout):
         return out
-    tile = launch.gemm_tile(arch, x.dtype, dropout=drop.active, tma=tma, ragged=launch.is_ragged(x.dtype, inner, outer))
+    drop = launch.dropout_arguments(dropout, x)
+    stored = 0 if s is None else s.shape[1]
+    count = 0 if dropout is None else len(dropout.seeds)
+    made, describe = _plan(rows, inner, outer, stored, layout, transposed, bias is not None, count, tma, x.dtype, x.device)
+    operands = x, weight, x if s is None else s, weight if b is None else b, x if bias is None else bias, out
+    if describe is not None:
+        operands = (one if of is None else of(one) for one, of in zip(operands, describe))
+    made(*operands, drop.tokens, rows, *drop.seeds, drop.threshold, drop.keep_scale)
+    return out
+
+
+@functools.lru_cache(maxsize=1024)  # rows differ from step to step
+def _plan(rows, inner, outer, stored, layout, transposed, biased, seeds, tma, dtype, device):
+    """(launch, makers of descriptors in the order of the operands or None): what a product's shape decides.
+
+    ``stored``: the columns of s, 0 without it; ``seeds``: projections with a mask, 0 without dropout.
+    """
+    arch, dropout = launch.arch_at(device), seeds > 0
+    tile = launch.gemm_tile(arch, dtype, dropout=dropout, tma=tma, ragged=launch.is_ragged(dtype, inner, outer))
     # without dropout the projections' products are one product; with it each has its own mask, and padding columns are left out
-    count = len(dropout.seeds) if drop.active else 1
-    used = rank if layout is None or not drop.active else count * layout.padded
-    low_rank = min(used // count, tile.bk) if rank else 16
-    common = dict(
-        N=outer, K=inner, R=used, COUNT=count, TRANSPOSED=transposed, BIAS=bias is not None, DROPOUT=drop.active,
+    count = seeds or 1
+    used = stored if layout is None or not dropout else count * layout.padded
+    low_rank = min(used // count, tile.bk) if stored else 16
+    constants = dict(
+        N=outer, K=inner, R=used, COUNT=count, TRANSPOSED=transposed, BIAS=biased, DROPOUT=dropout,
         BM=tile.bm, BN=tile.bn, BK=tile.bk, BR=low_rank, GROUP=tile.group,
     )  # fmt: skip
     tiles = launch.cdiv(rows, tile.bm) * launch.cdiv(outer, tile.bn)
-    scalars = (rows, *drop.seeds, drop.threshold, drop.keep_scale)
     if not tma:
-        s, b = (x, weight) if s is None else (s, b)
-        launch.run(
-            gemm_kernel, (tiles,), tile, x, weight, s, b, x if bias is None else bias, out, drop.tokens, *scalars,
-            **common, LR=max(rank, 1), PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        )
-        return out
-    describe, store = launch.descriptor, stored_columns(tile, drop.active)
-    d_x = describe(x, tile.bm, tile.bk)
-    d_w = describe(weight, *((tile.bn, tile.bk) if transposed else (tile.bk, tile.bn)))
+        constants |= dict(LR=max(stored, 1), PRECISION="ieee" if dtype == torch.float32 else "tf32")
+        return launch.Launch(gemm_kernel, (tiles,), tile, **constants), None
+    store = stored_columns(tile, dropout)
+
+    def of_rows(width, columns):
+        return launch.describer(dtype, width, tile.bm, columns)
+
+    def across(depth, columns, deep):
+        wide, block = (depth, (columns, deep)) if transposed else (outer, (deep, columns))
+        return launch.describer(dtype, wide, *block)
+
+    d_x, d_w = of_rows(inner, tile.bk), across(inner, tile.bn, tile.bk)
     d_s, d_b = d_x, d_w
-    if rank:
-        d_s = describe(s, tile.bm, low_rank)
-        across = store if drop.active else tile.bn
-        d_b = describe(b, *((across, low_rank) if transposed else (low_rank, across)))
-    d_y = describe(out, tile.bm, store)
-    programs = launch.persistent_programs(x.device)
-    launch.run(
-        gemm_tma_kernel, (min(programs, tiles),), tile,
-        d_x, d_w, d_s, d_b, x if bias is None else bias, d_y, drop.tokens, *scalars,
-        **common, PROGRAMS=programs, HALVES=tile.halves, FLATTEN=tile.flatten,
-    )
-    return out
+    if stored:
+        d_s, d_b = of_rows(stored, low_rank), across(stored, store if dropout else tile.bn, low_rank)
+    programs = launch.persistent_programs(device)
+    constants |= dict(PROGRAMS=programs, HALVES=tile.halves, FLATTEN=tile.flatten)
+    made = launch.Launch(gemm_tma_kernel, (min(programs, tiles),), tile, **constants)
+    return made, (d_x, d_w, d_s, d_b, None, of_rows(outer, store))

@@ -10,6 +10,7 @@ The rank-r product is one more block of the ring. Source: the warp-specialised p
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 from fastlora.kernels import launch
 from fastlora.kernels.hopper import (
@@ -217,20 +218,36 @@ def rank_columns(layout, stored: int, tile, *, transposed: bool) -> tuple[int, i
     return min(stored, launch.cdiv(layout.count * layout.padded, tile.bk) * tile.bk), 0, 0
 
 
+class _Plan(NamedTuple):
+    launch: launch.Launch
+    describe: tuple  # makers of the descriptors, in the kernel's order
+
+
+@functools.lru_cache(maxsize=1024)  # rows differ from step to step
+def plan(rows, inner, outer, stored, layout, transposed, biased, dtype, device) -> _Plan:
+    """What a product's shape decides; ``stored``: the columns of s, 0 without it."""
+    programs = launch.persistent_programs(device)
+    tile = launch.gemm_specialized_tile(rows, outer, programs)
+    rank, second, third = rank_columns(layout, stored, tile, transposed=transposed) if stored else (0, 0, 0)
+    wide = {"d_x": inner, "d_w": inner if transposed else outer, "d_s": stored or inner, "d_y": outer}
+    wide["d_b"] = (stored if transposed else outer) if stored else wide["d_w"]
+    blocks = blocks_of(tile, transposed=transposed)
+    tiles = launch.cdiv(rows, tile.bm) * launch.cdiv(outer, tile.bn)
+    made = launch.Launch(
+        gemm_specialized_kernel, (min(programs, tiles),), tile,
+        N=outer, K=inner, R=rank, SECOND=second, THIRD=third, TRANSPOSED=transposed, BIAS=biased,
+        BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group, PROGRAMS=programs,
+    )  # fmt: skip
+    return _Plan(made, tuple(launch.describer(dtype, wide[name], *block, describe) for name, block in blocks.items()))
+
+
 def run(x, weight, s, b, bias, out, *, transposed: bool, layout=None) -> bool:
     """out [M, N] = x W' + s b' + bias, arguments as :func:`fastlora.kernels.gemm.gemm` prepares them; False: see ``hopper.attempt``."""
     rows, inner = x.shape
-    outer = out.shape[1]
-    programs = launch.persistent_programs(x.device)
-    tile = launch.gemm_specialized_tile(rows, outer, programs)
-    rank, second, third = (0, 0, 0) if s is None else rank_columns(layout, s.shape[1], tile, transposed=transposed)
-    tensors = {"d_x": x, "d_w": weight, "d_s": x if s is None else s, "d_b": weight if b is None else b, "d_y": out}
-    blocks = blocks_of(tile, transposed=transposed)
-    made = {name: launch.descriptor(tensors[name], *block, make=describe) for name, block in blocks.items()}
-    tiles = launch.cdiv(rows, tile.bm) * launch.cdiv(outer, tile.bn)
-    return attempt(NAME, lambda: launch.run(
-        gemm_specialized_kernel, (min(programs, tiles),), tile,
-        made["d_x"], made["d_w"], made["d_s"], made["d_b"], x if bias is None else bias, made["d_y"], rows,
-        N=outer, K=inner, R=rank, SECOND=second, THIRD=third, TRANSPOSED=transposed, BIAS=bias is not None,
-        BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group, PROGRAMS=programs,
-    ))  # fmt: skip
+    stored = 0 if s is None else s.shape[1]
+    made = plan(rows, inner, out.shape[1], stored, layout, transposed, bias is not None, x.dtype, x.device)
+    d_x, d_w, d_s, d_b, d_y = made.describe
+    return attempt(
+        NAME, made.launch,
+        d_x(x), d_w(weight), d_s(x if s is None else s), d_b(weight if b is None else b), x if bias is None else bias, d_y(out), rows,
+    )  # fmt: skip

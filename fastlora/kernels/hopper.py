@@ -45,10 +45,11 @@ def usable(arch: str, kernel: str) -> bool:
     return arch == "sm_90" and MISSING is None and kernel not in _refused
 
 
-def attempt(kernel: str, launch: Callable[[], None]) -> bool:
-    """``launch()``; False, with a warning, if the installed Triton does not compile the kernel: from then on it is not :func:`usable`."""
+def attempt(kernel: str, launch: Callable[..., None], *arguments) -> bool:
+    """``launch(*arguments)``; False, with a warning, if the installed Triton does not compile the kernel: from then on it is not
+    :func:`usable`."""
     try:
-        launch()
+        launch(*arguments)
     except (CompilationError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PassManager" not in str(error):
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,8 +22,8 @@ from fastlora.kernels.tables import (
 )
 
 __all__ = [
-    "Dropout", "arch_of", "can_use_tma", "cdiv", "descriptor", "dropout_arguments", "gemm_specialized_tile", "gemm_tile", "is_ragged",
-    "padded_rank", "persistent_programs", "project_tile", "reduce_tile", "run", "token_sum_tile",
+    "Dropout", "Launch", "arch_at", "arch_of", "can_use_tma", "cdiv", "describer", "descriptor", "dropout_arguments",
+    "gemm_specialized_tile", "gemm_tile", "is_ragged", "padded_rank", "persistent_programs", "project_tile", "reduce_tile", "run", "token_sum_tile",
 ]  # fmt: skip
 
 _BY_CAPABILITY = ((12, 0, "sm_120"), (10, 0, "sm_100"), (9, 0, "sm_90"), (8, 9, "sm_89"), (8, 6, "sm_86"), (8, 0, "sm_80"))
@@ -45,9 +46,14 @@ def architecture(index: int) -> str | None:
     return None
 
 
+def arch_at(device: torch.device) -> str:
+    """Key of the tile tables for a device; the CPU means Triton's interpreter."""
+    return architecture(device.index) if device.type == "cuda" else "interpreter"
+
+
 def arch_of(tensor: torch.Tensor) -> str:
-    """Key of the tile tables for the device a tensor lies on; a CPU tensor means Triton's interpreter."""
-    return architecture(tensor.device.index) if tensor.is_cuda else "interpreter"
+    """:func:`arch_at` of the device a tensor lies on."""
+    return arch_at(tensor.device)
 
 
 @functools.cache
@@ -82,20 +88,26 @@ def can_use_tma(arch: str, dtype: torch.dtype, inner: int, outer: int) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _checked(make, dtype: torch.dtype, width: int, rows: int, columns: int) -> tuple[type, dict]:
-    """Type and fields of a descriptor that passed Triton's own checks, which cost more than a launch: once a width and block."""
-    made = make(torch.empty(1, width, dtype=dtype), [1, width], [width, 1], [rows, columns])
-    return type(made), dict(made.__dict__)
+def describer(dtype: torch.dtype, width: int, rows: int, columns: int, make=TensorDescriptor) -> Callable[[torch.Tensor], object]:
+    """A maker of descriptors of 2-D tensors of ``width`` columns for blocks of [rows, columns]; ``make`` makes one (Gluon has its own).
+
+    Triton's own checks, which cost more than a launch, are done here once. The tensors' starts and rows, of adjacent elements, lie at
+    multiples of 16 bytes.
+    """
+    example = make(torch.empty(1, width, dtype=dtype), [1, width], [width, 1], [rows, columns])
+    kind, fields = type(example), dict(example.__dict__)
+
+    def describe(tensor: torch.Tensor):
+        made = object.__new__(kind)
+        made.__dict__ = {**fields, "base": tensor, "shape": [tensor.shape[0], width], "strides": [tensor.stride(0), 1]}
+        return made
+
+    return describe
 
 
 def descriptor(tensor: torch.Tensor, rows: int, columns: int, make=TensorDescriptor):
-    """Descriptor of a 2-D tensor for blocks of [rows, columns]; ``make`` makes one (Gluon has its own). Its start and its rows, of adjacent
-    elements, lie at multiples of 16 bytes."""
-    height, width = tensor.shape
-    kind, fields = _checked(make, tensor.dtype, width, rows, columns)
-    made = object.__new__(kind)
-    made.__dict__.update(fields, base=tensor, shape=[height, width], strides=[tensor.stride(0), 1])
-    return made
+    """Descriptor of a 2-D tensor for blocks of [rows, columns]: see :func:`describer`."""
+    return describer(tensor.dtype, tensor.shape[1], rows, columns, make)(tensor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,39 +145,70 @@ def dropout_arguments(dropout: Dropout | None, filler: torch.Tensor) -> _Dropout
 _binaries: dict[tuple, tuple] = {}
 
 
-def run(kernel, grid: tuple[int, ...], tile: Tile, *arguments, **constants) -> None:
-    """Launch ``kernel`` on the device of its first argument.
+class Launch:
+    """A kernel with all that a shape decides: grid, tile and constants. It is called with the rest: pointers, descriptors, numbers.
 
-    Everything that decides the binary is in the constants, the arguments' dtypes and the device: pointers are 16-byte aligned and no
-    integer is specialised on. So the compiled kernel is looked up by them and launched directly, past the JIT's own argument inspection,
-    which costs more than small products take. FP fusion is said explicitly, because its default differs between Triton
-    releases and it changes bits.
+    Whoever keeps one calls it with tensors of the same dtypes on the same device each time. Everything that decides the binary is in the
+    constants, the arguments' dtypes and the device: pointers are 16-byte aligned and no integer is specialised on. So the compiled
+    kernel is looked up by them once and then launched directly, past the JIT's own argument inspection, which costs more than small
+    products take. FP fusion is said explicitly, because its default differs between Triton releases and it changes bits.
     """
-    first = arguments[0]
-    tensor = first if isinstance(first, torch.Tensor) else first.base
-    index = tensor.device.index
-    # a kernel's own hash is computed anew at each call
-    key = (id(kernel), index, tile, tensor.dtype, *[a.dtype for a in arguments if a.__class__ is torch.Tensor], *constants.values())
-    known = _binaries.get(key)
-    if known is not None and torch.cuda.current_device() == index:
-        compiled, ordered, _ = known
-        _start(compiled, grid + (1,) * (3 - len(grid)), index, arguments, ordered)
-        return
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": tile.fusion}
-    if not tensor.is_cuda:
-        kernel[grid](*arguments, **constants, **options)
-        return
-    with torch.cuda.device(tensor.device):
-        compiled = kernel[grid](*arguments, **constants, **options)
-    _binaries[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :]), kernel
+
+    __slots__ = ("kernel", "grid", "tile", "constants", "_index", "_compiled", "_ordered")
+
+    def __init__(self, kernel, grid: tuple[int, ...], tile: Tile, **constants) -> None:
+        self.kernel, self.grid, self.tile, self.constants = kernel, grid + (1,) * (3 - len(grid)), tile, constants
+        self._compiled = None
+
+    def __call__(self, *arguments) -> None:
+        """Launch on the device of the first argument."""
+        if self._compiled is not None and torch.cuda.current_device() == self._index or self._known(arguments):
+            self._start(arguments)
+        else:
+            self._by_jit(arguments)
+
+    def _known(self, arguments: tuple) -> bool:
+        """Whether this device is the current one and the binary is there: it is then looked up."""
+        first = arguments[0]
+        tensor = first if isinstance(first, torch.Tensor) else first.base
+        index = tensor.device.index
+        known = _binaries.get(self._key(index, tensor, arguments))
+        if known is None or torch.cuda.current_device() != index:
+            return False
+        # the binary last: another thread may look meanwhile
+        self._index, self._ordered = index, known[1]
+        self._compiled = known[0]
+        return True
+
+    def _key(self, index: int | None, tensor: torch.Tensor, arguments: tuple) -> tuple:
+        # a kernel's own hash is computed anew at each call
+        dtypes = [a.dtype for a in arguments if a.__class__ is torch.Tensor]
+        return (id(self.kernel), index, self.tile, tensor.dtype, *dtypes, *self.constants.values())
+
+    def _by_jit(self, arguments: tuple) -> None:
+        """Launch as Triton does, which compiles what is not compiled; the binary is kept."""
+        first = arguments[0]
+        tensor = first if isinstance(first, torch.Tensor) else first.base
+        options = {"num_warps": self.tile.warps, "num_stages": self.tile.stages, "enable_fp_fusion": self.tile.fusion}
+        if not tensor.is_cuda:
+            self.kernel[self.grid](*arguments, **self.constants, **options)
+            return
+        with torch.cuda.device(tensor.device):
+            compiled = self.kernel[self.grid](*arguments, **self.constants, **options)
+        ordered = tuple(self.constants[name] for name in self.kernel.arg_names[len(arguments) :])
+        _binaries[self._key(tensor.device.index, tensor, arguments)] = compiled, ordered, self.kernel
+
+    def _start(self, arguments: tuple) -> None:
+        """Launch the binary on the current stream: what ``compiled[grid](...)`` does, without the closure it makes each time."""
+        knobs, compiled = triton.knobs.runtime, self._compiled
+        enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler listens
+            compiled[self.grid](*arguments, *self._ordered)
+            return
+        stream = triton.runtime.driver.active.get_current_stream(self._index)
+        compiled.run(*self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *self._ordered)
 
 
-def _start(compiled, grid: tuple[int, int, int], index: int, arguments: tuple, ordered: tuple) -> None:
-    """Launch a compiled kernel on the current stream: what ``compiled[grid](...)`` does, without the closure it makes each time."""
-    knobs = triton.knobs.runtime
-    enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
-    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler listens
-        compiled[grid](*arguments, *ordered)
-        return
-    stream = triton.runtime.driver.active.get_current_stream(index)
-    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *ordered)
+def run(kernel, grid: tuple[int, ...], tile: Tile, *arguments, **constants) -> None:
+    """Launch ``kernel`` once: see :class:`Launch`."""
+    Launch(kernel, grid, tile, **constants)(*arguments)

@@ -7,6 +7,8 @@ arithmetic, fixed by (features, rank, dtype, tile row).
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -71,21 +73,28 @@ def project(x, weight, layout, dropout=None, *, transposed=False):
         [M, R] in x's dtype, rounded once from fp32.
     """
     rows, features = x.shape
-    total = layout.columns
-    out = torch.empty(rows, total, device=x.device, dtype=x.dtype)
+    out = x.new_empty((rows, layout.columns))
     if rows == 0:
         return out
+    made, scales = _plan(rows, features, layout, transposed, dropout is not None, x.dtype, x.device)
+    drop = launch.dropout_arguments(dropout, x)
+    made(x, weight, out, scales, drop.tokens, rows, *drop.seeds, drop.threshold, drop.keep_scale)
+    return out
+
+
+@functools.lru_cache(maxsize=1024)  # rows differ from step to step
+def _plan(rows, features, layout, transposed, dropout, dtype, device):
+    """(launch, scale of each column): what the shape decides."""
+    total = layout.columns
     # of a block-diagonal weight each projection reads its own features
     apart = transposed and layout.count > 1
-    columns = layout.padded if apart or dropout is not None else min(total, _MOST_COLUMNS)
+    columns = layout.padded if apart or dropout else min(total, _MOST_COLUMNS)
     starts, widths = starts_and_widths(layout.ranges if apart else ((0, features),))
-    tile = launch.project_tile(launch.arch_of(x), x.dtype, columns, apart=apart)
-    drop = launch.dropout_arguments(dropout, x)
-    launch.run(
+    tile = launch.project_tile(launch.arch_at(device), dtype, columns, apart=apart)
+    made = launch.Launch(
         project_kernel, (launch.cdiv(rows, tile.bm), total // columns), tile,
-        x, weight, out, layout.scale_of_columns(x.device), drop.tokens, rows, *drop.seeds, drop.threshold, drop.keep_scale,
         LD=features, LR=total, W_R=1 if transposed else features, W_F=total if transposed else 1,
         START0=starts[0], START1=starts[1], START2=starts[2], F0=widths[0], F1=widths[1], F2=widths[2],
-        DROPOUT=drop.active, PRECISION="ieee" if x.dtype == torch.float32 else "tf32", BM=tile.bm, BF=tile.bk, C=columns,
+        DROPOUT=dropout, PRECISION="ieee" if dtype == torch.float32 else "tf32", BM=tile.bm, BF=tile.bk, C=columns,
     )  # fmt: skip
-    return out
+    return made, layout.scale_of_columns(device)

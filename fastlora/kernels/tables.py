@@ -229,3 +229,6 @@ def attention_specialized_tile() -> Tile:
 
 # Elements of one program of the optimiser; each of its float64 operations is rounded by itself, as torch rounds them.
 ADAMW_TILE = Tile(2048, warps=8, stages=1, fusion=False)
+
+# Elements of one program that copies A and B.
+FACTORS_TILE = Tile(1024, warps=4, stages=1)

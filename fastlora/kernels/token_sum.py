@@ -14,6 +14,8 @@ is recorded; the optimiser refuses the step unless largest x chunks < 2^23, so t
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -156,7 +158,7 @@ def reduce_ds_kernel(
 MOST_WALK = 1023
 
 
-def _runs(chunks: Chunks, blocks: int, each: int, device: torch.device) -> int:
+def _runs(count: int, units: int, blocks: int, each: int, device: torch.device) -> int:
     """Into how many runs the chunks are cut: about ``each`` programs a multiprocessor.
 
     Free of bits in exact mode (integers), and in fp32 mode a fixed function of the shape.
@@ -164,7 +166,7 @@ def _runs(chunks: Chunks, blocks: int, each: int, device: torch.device) -> int:
     programs = launch.persistent_programs(device)
     # one at a time: a second wave of a few programs would cost as much as the first
     wanted = programs // blocks if each == 1 else launch.cdiv(each * programs, blocks)
-    return max(min(wanted, chunks.count), 1, launch.cdiv(chunks.units, MOST_WALK - LONGEST // UNIT))
+    return max(min(wanted, count), 1, launch.cdiv(units, MOST_WALK - LONGEST // UNIT))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,31 +190,66 @@ class Sink:
         return first
 
 
-def _launch_sum(
-    wide, narrow, layout, tile, chunks, *, shape, sink, ranges, per, columns, feature_major, dropout=None, b=None, partial=None
-):
-    """The kernel's one call; the fp32 sum of ``shape``, or None with a sink."""
-    rows = wide.shape[0]
+class _Plan(NamedTuple):
+    """What a sum's shape decides: the launch, into how many runs it cuts the tokens, the partial sums in fp32 mode."""
+
+    launch: launch.Launch
+    runs: int
+    shape: tuple[int, int]
+
+
+def _plan(
+    rows, count, layout, tile, dtype, device, *, features, shape, exact, ranges, per, columns, feature_major, dropout=False, with_ds=False
+) -> _Plan:
+    units = launch.cdiv(rows, UNIT)
     blocks = sum(launch.cdiv(width, tile.bn) for _, width in ranges)
-    runs = _runs(chunks, blocks, tile.each, wide.device)
+    runs = _runs(count, units, blocks, tile.each, device)
     depth = layout.count if not feature_major and per == 1 else 1
     starts, widths = starts_and_widths(ranges)
+    made = launch.Launch(
+        token_sum_kernel, (runs, blocks, depth), tile,
+        LD=features, LR=layout.columns, B_LD=layout.columns, R=layout.padded, RANK=layout.rank, PER=per, C=columns,
+        START0=starts[0], START1=starts[1], START2=starts[2], F0=widths[0], F1=widths[1], F2=widths[2],
+        OUT_F=layout.rank if feature_major else 1, OUT_R=1 if feature_major else features, OUT_SIZE=shape[0] * shape[1],
+        EXACT=exact, WITH_DS=with_ds, DROPOUT=dropout, PRECISION="ieee" if dtype == torch.float32 else "tf32",
+        UNIT=UNIT, BM=tile.bm, BF=tile.bn,
+    )  # fmt: skip
+    return _Plan(made, runs, shape)
+
+
+def _sum(plan: _Plan, wide, narrow, chunks: Chunks, sink: Sink | None, dropout=None, b=None, partial=None):
+    """The kernel's one call; the fp32 sum, or None with a sink."""
     if sink is not None:
         out, stats, first = sink.total, sink.stats, sink.count(chunks.count)
     else:
-        out, stats, first = torch.empty(runs, *shape, device=wide.device, dtype=torch.float32), narrow, 0
+        out, stats, first = wide.new_empty((plan.runs, *plan.shape), dtype=torch.float32), narrow, 0
     drop = launch.dropout_arguments(dropout, wide)
-    launch.run(
-        token_sum_kernel, (runs, blocks, depth), tile,
+    plan.launch(
         wide, narrow, out, stats, narrow if b is None else b, narrow if partial is None else partial, drop.tokens, chunks.table, chunks.ends,
-        rows, chunks.units, runs, first, *drop.seeds, drop.threshold, drop.keep_scale,
-        LD=wide.shape[1], LR=narrow.shape[1], B_LD=layout.columns, R=layout.padded, RANK=layout.rank, PER=per, C=columns,
-        START0=starts[0], START1=starts[1], START2=starts[2], F0=widths[0], F1=widths[1], F2=widths[2],
-        OUT_F=layout.rank if feature_major else 1, OUT_R=1 if feature_major else wide.shape[1], OUT_SIZE=shape[0] * shape[1],
-        EXACT=sink is not None, WITH_DS=partial is not None, DROPOUT=drop.active,
-        PRECISION="ieee" if wide.dtype == torch.float32 else "tf32", UNIT=UNIT, BM=tile.bm, BF=tile.bn,
+        wide.shape[0], chunks.units, plan.runs, first, *drop.seeds, drop.threshold, drop.keep_scale,
     )  # fmt: skip
     return None if sink is not None else out.sum(0)
+
+
+@functools.lru_cache(maxsize=1024)  # rows and chunks differ from step to step
+def _plan_b(rows, features, count, layout, exact, with_ds, dtype, device):
+    """(plan of dB, blocks of partial dS, launch of their reduction or None, scale of each column)."""
+    tile = launch.token_sum_tile(launch.arch_at(device), dtype, layout.padded, with_ds=with_ds, features=features)
+    plan = _plan(
+        rows, count, layout, tile, dtype, device, features=features, shape=(features, layout.rank), exact=exact, ranges=layout.ranges,
+        per=1, columns=layout.padded, feature_major=True, with_ds=with_ds,
+    )  # fmt: skip
+    if not with_ds:
+        return plan, 0, None, None
+    parts = [launch.cdiv(width, tile.bn) for width in layout.widths]
+    blocks = sum(parts)
+    parts += [0] * (MOST - len(parts))
+    tile = launch.reduce_tile(layout.padded)
+    reduce = launch.Launch(
+        reduce_ds_kernel, (launch.cdiv(rows, tile.bm), layout.columns // layout.padded), tile,
+        R=layout.padded, LR=layout.columns, PARTS0=parts[0], PARTS1=parts[1], PARTS2=parts[2], BM=tile.bm,
+    )  # fmt: skip
+    return plan, blocks, reduce, layout.scale_of_columns(device)
 
 
 def sum_b(dy, s, layout, chunks, *, sink=None, b=None):
@@ -227,32 +264,32 @@ def sum_b(dy, s, layout, chunks, *, sink=None, b=None):
     Returns:
         (fp32 [N, layout.rank] or None with a sink, dS [M, layout.columns] in dy's dtype or None)
     """
-    rows, shape = dy.shape[0], (dy.shape[1], layout.rank)
-    ds = None if b is None else torch.empty(rows, layout.columns, device=dy.device, dtype=dy.dtype)
+    rows, features = dy.shape
+    ds = None if b is None else dy.new_empty((rows, layout.columns))
     if rows == 0:
-        return (None if sink is not None else torch.zeros(shape, device=dy.device)), ds
-    tile = launch.token_sum_tile(launch.arch_of(dy), dy.dtype, layout.padded, with_ds=b is not None, features=dy.shape[1])
-    parts = [launch.cdiv(width, tile.bn) for width in layout.widths]
-    partial = None
-    if b is not None:
-        partial = torch.empty(sum(parts), rows, layout.padded, device=dy.device, dtype=torch.float32)
-    db = _launch_sum(
-        dy, s, layout, tile, chunks, shape=shape, sink=sink, ranges=layout.ranges, per=1, columns=layout.padded, feature_major=True,
-        b=b, partial=partial,
-    )  # fmt: skip
-    if b is not None:
-        reduce = launch.reduce_tile(layout.padded)
-        parts += [0] * (MOST - len(parts))
-        launch.run(
-            reduce_ds_kernel, (launch.cdiv(rows, reduce.bm), layout.columns // layout.padded), reduce,
-            partial, ds, layout.scale_of_columns(dy.device), rows,
-            R=layout.padded, LR=layout.columns, PARTS0=parts[0], PARTS1=parts[1], PARTS2=parts[2], BM=reduce.bm,
-        )  # fmt: skip
+        return (None if sink is not None else dy.new_zeros((features, layout.rank), dtype=torch.float32)), ds
+    plan, blocks, reduce, scales = _plan_b(rows, features, chunks.count, layout, sink is not None, b is not None, dy.dtype, dy.device)
+    if b is None:
+        return _sum(plan, dy, s, chunks, sink), None
+    partial = dy.new_empty((blocks, rows, layout.padded), dtype=torch.float32)
+    db = _sum(plan, dy, s, chunks, sink, b=b, partial=partial)
+    reduce(partial, ds, scales, rows)
     return db, ds
 
 
 # Columns of dS that one pass over x serves: more, and the integers of a program spill.
 MOST_COLUMNS = 64
+
+
+@functools.lru_cache(maxsize=1024)  # rows and chunks differ from step to step
+def _plan_a(rows, features, count, layout, exact, dropout, dtype, device) -> _Plan:
+    together = layout.count == 1 or (not dropout and layout.columns <= MOST_COLUMNS)
+    per, columns = (layout.count, layout.columns) if together else (1, layout.padded)
+    tile = launch.token_sum_tile(launch.arch_at(device), dtype, columns, with_ds=False, features=features, apart=not together)
+    return _plan(
+        rows, count, layout, tile, dtype, device, features=features, shape=(layout.count * layout.rank, features), exact=exact,
+        ranges=((0, features),), per=per, columns=columns, feature_major=False, dropout=dropout,
+    )  # fmt: skip
 
 
 def sum_a(x, ds, layout, chunks, *, sink=None, dropout=None):
@@ -266,13 +303,8 @@ def sum_a(x, ds, layout, chunks, *, sink=None, dropout=None):
     Returns:
         fp32 [projections * layout.rank, K], or None with a sink.
     """
-    shape = (layout.count * layout.rank, x.shape[1])
-    if x.shape[0] == 0:
-        return None if sink is not None else torch.zeros(shape, device=x.device)
-    together = layout.count == 1 or (dropout is None and layout.columns <= MOST_COLUMNS)
-    per, columns = (layout.count, layout.columns) if together else (1, layout.padded)
-    tile = launch.token_sum_tile(launch.arch_of(x), x.dtype, columns, with_ds=False, features=x.shape[1], apart=not together)
-    return _launch_sum(
-        x, ds, layout, tile, chunks, shape=shape, sink=sink, ranges=((0, x.shape[1]),), per=per, columns=columns, feature_major=False,
-        dropout=dropout,
-    )  # fmt: skip
+    rows, features = x.shape
+    if rows == 0:
+        return None if sink is not None else x.new_zeros((layout.count * layout.rank, features), dtype=torch.float32)
+    plan = _plan_a(rows, features, chunks.count, layout, sink is not None, dropout is not None, x.dtype, x.device)
+    return _sum(plan, x, ds, chunks, sink, dropout)

@@ -87,25 +87,25 @@ class Places(NamedTuple):
 def places(counts: tuple[int, ...], owner: torch.Tensor, step: int) -> Places:
     """:class:`Places` of ``counts`` supervised rows a document; ``owner`` int64 [n] names each row's.
 
-    Chunks are those of kernels/chunks.py: up to 512 rows of a document, from its start. A tile holds whole chunks, as many as fit
-    into ``step`` rows and one at least.
+    A piece is up to 512 rows of a document, from its start, and is cut into chunks as a document of its own (kernels/chunks.py). A
+    tile holds whole pieces, as many as fit into ``step`` rows and one at least.
     """
     from fastlora.kernels.chunks import LONGEST, UNIT
 
-    shifts, chunks, start, before = [], [], 0, 0
+    shifts, pieces, start, before = [], [], 0, 0
     for count in counts:
         shifts.append(start - before)
         before += count
         for low in range(0, count, LONGEST):
             stop = start + -(-min(LONGEST, count - low) // UNIT) * UNIT
-            chunks.append((start, stop))
+            pieces.append((start, stop))
             start = stop
     tiles: list[list[tuple[int, int]]] = []
-    for chunk in chunks:
-        if tiles and chunk[1] - tiles[-1][0][0] <= step:
-            tiles[-1].append(chunk)
+    for piece in pieces:
+        if tiles and piece[1] - tiles[-1][0][0] <= step:
+            tiles[-1].append(piece)
         else:
-            tiles.append([chunk])
+            tiles.append([piece])
     rows = torch.arange(len(owner), device=owner.device) + torch.tensor(shifts, device=owner.device)[owner]
     spans = [tuple((low - tile[0][0], high - tile[0][0]) for low, high in tile) for tile in tiles]
     return Places(rows, start, [(tile[0][0], tile[-1][1]) for tile in tiles], spans)
@@ -141,7 +141,7 @@ class HeadCall:
         if self.triton:
             from fastlora.ops import triton_path  # imported on first use: triton is absent on macOS and Windows
 
-            self.a, self.b = triton_path.padded_a(lora.a, self.dtype), triton_path.padded_b(lora.b, self.dtype)
+            self.a, self.b = triton_path.padded_factors(lora.a, lora.b, self.dtype)
         else:
             self.a, self.b = (reference.aligned(p.detach().to(self.dtype)).float() for p in (lora.a, lora.b))
         self.early: tuple[TokenSum, TokenSum] | None = None

@@ -119,18 +119,21 @@ torch.library.register_autograd(
 class _ExactLoraLinear(torch.autograd.Function):
     """The same operation in exact mode: its backward adds to integer sums."""
 
+    # Rows are flattened in here: as operations of their own they would be two more nodes of the graph.
     @staticmethod
     def forward(ctx, x, weight, a, b, scale, bias, dropout, key, sums):
-        forward, ctx.run_backward = _implementation(x)
-        if backend.pick(x) == "triton":
+        flat = x.reshape(-1, x.shape[-1])
+        forward, ctx.run_backward = _implementation(flat)
+        if backend.pick(flat) == "triton":
             from fastlora.ops import triton_path
 
             # cast and padded once for both directions
-            a, b = triton_path.padded_a(a, x.dtype), triton_path.padded_b(b, x.dtype)
-        y, s = forward(x, weight, a, b, scale, bias, dropout, key)
+            a, b = triton_path.padded_factors(a, b, x.dtype)
+        y, s = forward(flat, weight, a, b, scale, bias, dropout, key)
         ctx.save_for_backward(x, weight, a, b, s)
         ctx.scale, ctx.dropout, ctx.key, ctx.sums = scale, dropout, key, sums
-        return y
+        # a view made in here would refuse what is done in place to it
+        return y.resize_(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -138,10 +141,10 @@ class _ExactLoraLinear(torch.autograd.Function):
         x, weight, a, b, s = ctx.saved_tensors
         with ctx.sums[0].adding() as sums_a, ctx.sums[1].adding() as sums_b:
             dx, _, _ = ctx.run_backward(
-                dy, x, weight, a, b, s, ctx.scale, ctx.dropout, ctx.key,
+                dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), weight, a, b, s, ctx.scale, ctx.dropout, ctx.key,
                 needs_dx=ctx.needs_input_grad[0], sums_a=sums_a, sums_b=sums_b,
             )  # fmt: skip
-        return (dx,) + (None,) * 8
+        return (dx if dx is None or x.dim() == 2 else dx.view(x.shape),) + (None,) * 8
 
 
 def check(x, weight, a, b, bias, dropout, key) -> None:
@@ -199,10 +202,9 @@ def lora_linear(x, weight, a, b, scale, bias=None, *, dropout=0.0, key=None, sum
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     check(x, weight, a, b, bias, dropout, key)
-    flat = x.reshape(-1, x.shape[-1])
     if sums is not None:
-        y = _ExactLoraLinear.apply(flat, weight, a, b, scale, bias, dropout, key, sums)
-    else:
-        seed, tokens = (0, None) if dropout == 0.0 else (key.seed, key.tokens)
-        y, _ = torch.ops.fastlora.lora_linear(flat, weight, a, b, scale, bias, dropout, seed, tokens)
+        return _ExactLoraLinear.apply(x, weight, a, b, scale, bias, dropout, key, sums)
+    seed, tokens = (0, None) if dropout == 0.0 else (key.seed, key.tokens)
+    flat = x.reshape(-1, x.shape[-1])
+    y, _ = torch.ops.fastlora.lora_linear(flat, weight, a, b, scale, bias, dropout, seed, tokens)
     return y.reshape(*x.shape[:-1], weight.shape[0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from fastlora import stream
+from fastlora.kernels import factors
 from fastlora.kernels.chunks import Chunks, chunks_of
 from fastlora.kernels.columns import single
 from fastlora.kernels.gemm import gemm
@@ -37,32 +38,21 @@ def _dropout(p: float, key) -> Dropout | None:
     return None if p == 0.0 else kernel_dropout(p, (key.seed,), key.tokens)
 
 
-def padded_a(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A [r, K] cast to ``dtype`` and padded with zero rows to [R, K]."""
-    rank = padded_rank(a.shape[0])
-    if rank == a.shape[0]:
-        return kernel_ready(a if a.dtype == dtype else a.detach().to(dtype))
-    out = a.new_zeros(rank, a.shape[1], dtype=dtype)
-    out[: a.shape[0]] = a.detach()
-    return out
-
-
-def padded_b(b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """B [N, r] cast to ``dtype`` and padded with zero columns to [N, R]."""
-    rank = padded_rank(b.shape[1])
-    if rank == b.shape[1]:
-        return kernel_ready(b if b.dtype == dtype else b.detach().to(dtype))
-    out = b.new_zeros(b.shape[0], rank, dtype=dtype)
-    out[:, : b.shape[1]] = b.detach()
-    return out
+def padded_factors(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [R, K] and B [N, R] cast to ``dtype`` and padded with zeros; themselves, where they are so already."""
+    a, b = kernel_ready(a), kernel_ready(b)
+    done = a.shape[0] == padded_rank(a.shape[0]) and a.dtype == dtype == b.dtype
+    return (a, b) if done else factors.padded_factors(a, b, dtype)
 
 
 def forward_triton(x, weight, a, b, scale, bias=None, dropout=0.0, key=None):
     """(y [M, N], s [M, R]); R the padded rank. See ``reference.forward_ref``."""
     x, weight = kernel_ready(x), kernel_ready(weight)
-    s = project(x, padded_a(a, x.dtype), single(a.shape[0], weight.shape[0], scale), _dropout(dropout, key))
+    layout = single(a.shape[0], weight.shape[0], scale)
+    a, b = padded_factors(a, b, x.dtype)
+    s = project(x, a, layout, _dropout(dropout, key))
     bias = None if bias is None else kernel_ready(bias)
-    return gemm(x, weight, s, padded_b(b, x.dtype), bias, transposed=True), s
+    return gemm(x, weight, s, b, bias, transposed=True), s
 
 
 def backward_triton(
@@ -72,12 +62,12 @@ def backward_triton(
     dy, x, weight, s = kernel_ready(dy), kernel_ready(x), kernel_ready(weight), kernel_ready(s)
     # a and b may be padded already (exact mode keeps the forward's copies): the sums know the rank then
     rank = a.shape[0] if sums_a is None else sums_a.total.shape[0]
-    b_padded = padded_b(b, x.dtype)
+    a, b = padded_factors(a, b, x.dtype)
     drop = _dropout(dropout, key)
     layout = single(rank, dy.shape[1], scale)
     chunks = chunks_here(dy) if chunks is None else chunks
-    db, ds = low_rank_gradients(dy, s, b_padded, layout, chunks, None if sums_b is None else Sink.of(sums_b))
-    dx = gemm(dy, weight, ds, padded_a(a, x.dtype), transposed=False, dropout=drop) if needs_dx else None
+    db, ds = low_rank_gradients(dy, s, b, layout, chunks, None if sums_b is None else Sink.of(sums_b))
+    dx = gemm(dy, weight, ds, a, transposed=False, dropout=drop) if needs_dx else None
     da = sum_a(x, ds, layout, chunks, sink=None if sums_a is None else Sink.of(sums_a), dropout=drop)
     return dx, da, db
 

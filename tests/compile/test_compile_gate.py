@@ -44,6 +44,7 @@ ROWS = [
 CHOSEN += [
     Case("gemm", "sm_90", outer=6144, count=3), Case("da", "sm_90", outer=6144, count=3), Case("db_ds", "sm_89", outer=6144, count=3),
 ]  # fmt: skip
+CHOSEN += [Case("factors", "sm_90", rank=20)]
 CHOSEN += [Case("gemm_specialized", "sm_90", transposed=side) for side in (True, False)]
 CHOSEN += [Case(narrow, "sm_90") for narrow in gate_specialized.GEMM if narrow != "gemm_specialized"]
 CHOSEN += [Case(operation, "sm_90", outer=128, inner=0) for operation in gate_specialized.ATTENTION]

@@ -18,14 +18,15 @@ def starts_of(chunks):
     return [unit for unit in range(chunks.units) if following[unit] == unit]
 
 
-@pytest.mark.parametrize("lengths", [(64,), (512, 64, 576), (2048, 128, 1536, 640)])
+@pytest.mark.parametrize("lengths", [(64,), (512, 64, 576), (320, 192), (2048, 128, 1536, 640)])
 def test_chunks_of_start_at_every_document_and_every_longest_step(lengths):
     spans, start = [], 0
     for length in lengths:
         spans.append((start, start + length))
         start += length
     chunks = chunks_of(start, tuple(spans), CPU)
-    wanted = [row // UNIT for low, high in spans for row in range(low, high, LONGEST)]
+    # a document of up to LONGEST tokens is cut in half
+    wanted = [row // UNIT for low, high in spans for row in range(low, high, LONGEST if high - low > LONGEST else LONGEST // 2)]
     assert starts_of(chunks) == wanted and chunks.count == len(wanted)
     following, before = chunks.table.tolist()
     assert len(following) == chunks.units + 2

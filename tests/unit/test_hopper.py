@@ -23,14 +23,14 @@ def call(monkeypatch):
     x, weight, out = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((32, 128), (64, 128), (32, 64)))
 
     def run(launched):
-        monkeypatch.setattr(launch, "run", launched)
+        monkeypatch.setattr(launch.Launch, "__call__", launched)
         return gemm_specialized.run(x, weight, None, None, None, out, transposed=True)
 
     return run
 
 
 def test_a_kernel_that_does_not_compile_is_said_once_and_not_tried_again(call):
-    def broken(*arguments, **constants):
+    def broken(self, *arguments):
         raise CompilationError("async_load", None, "no such thing")
 
     assert hopper.usable("sm_90", "GEMM") and not hopper.usable("sm_100", "GEMM")
@@ -40,7 +40,7 @@ def test_a_kernel_that_does_not_compile_is_said_once_and_not_tried_again(call):
 
 
 def test_a_failed_pass_of_the_compiler_counts_as_not_compiling(call):
-    def broken(*arguments, **constants):
+    def broken(self, *arguments):
         raise RuntimeError("PassManager::run failed")
 
     with pytest.warns(UserWarning, match="PassManager"):
@@ -48,7 +48,7 @@ def test_a_failed_pass_of_the_compiler_counts_as_not_compiling(call):
 
 
 def test_any_other_error_of_a_launch_is_not_swallowed(call):
-    def broken(*arguments, **constants):
+    def broken(self, *arguments):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     with pytest.raises(RuntimeError, match="illegal memory access"):
@@ -59,16 +59,12 @@ def test_any_other_error_of_a_launch_is_not_swallowed(call):
 def test_blocks_are_what_the_kernel_was_written_for(call):
     seen = {}
 
-    def launched(kernel, grid, tile, *arguments, **constants):
-        seen.update(
-            kernel=kernel,
-            grid=grid,
-            blocks=[list(a.block_shape) for a in arguments if hasattr(a, "block_shape")],
-            **constants,
-        )
+    def launched(self, *arguments):
+        blocks = [list(a.block_shape) for a in arguments if hasattr(a, "block_shape")]
+        seen.update(kernel=self.kernel, grid=self.grid, blocks=blocks, **self.constants)
 
     assert call(launched) is True
-    assert seen["kernel"] is gemm_specialized.gemm_specialized_kernel and seen["grid"] == (1,)
+    assert seen["kernel"] is gemm_specialized.gemm_specialized_kernel and seen["grid"] == (1, 1, 1)
     assert seen["blocks"] == [[64, 64], [64, 64], [64, 64], [64, 64], [64, 16]]
     assert (seen["N"], seen["K"], seen["R"], seen["STAGES"], seen["BIAS"]) == (64, 128, 0, 8, False)
 
