@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels import gemm_specialized, hopper, launch
+from fastlora.kernels import gemm_specialized, launch
 from fastlora.kernels.tile import grouped_tile, keep_mask_of_product
 
 
@@ -186,14 +186,12 @@ def gemm(x, weight, s=None, b=None, bias=None, *, transposed, dropout=None, layo
     out = x.new_empty((rows, outer))
     if rows == 0:
         return out
-    tma = launch.can_use_tma(launch.arch_of(x), x.dtype, inner, outer)
-    specialized = tma and dropout is None and hopper.usable(launch.arch_of(x), gemm_specialized.NAME)
-    if specialized and gemm_specialized.run(x, weight, s, b, bias, out, transposed=transposed, layout=layout):
+    if dropout is None and gemm_specialized.run(x, weight, s, b, bias, out, transposed=transposed, layout=layout):
         return out
     drop = launch.dropout_arguments(dropout, x)
     stored = 0 if s is None else s.shape[1]
     count = 0 if dropout is None else len(dropout.seeds)
-    made, describe = _plan(rows, inner, outer, stored, layout, transposed, bias is not None, count, tma, x.dtype, x.device)
+    made, describe = _plan(rows, inner, outer, stored, layout, transposed, bias is not None, count, x.dtype, x.device)
     operands = x, weight, x if s is None else s, weight if b is None else b, x if bias is None else bias, out
     if describe is not None:
         operands = (one if of is None else of(one) for one, of in zip(operands, describe))
@@ -202,12 +200,13 @@ def gemm(x, weight, s=None, b=None, bias=None, *, transposed, dropout=None, layo
 
 
 @functools.lru_cache(maxsize=1024)  # rows differ from step to step
-def _plan(rows, inner, outer, stored, layout, transposed, biased, seeds, tma, dtype, device):
+def _plan(rows, inner, outer, stored, layout, transposed, biased, seeds, dtype, device):
     """(launch, makers of descriptors in the order of the operands or None): what a product's shape decides.
 
     ``stored``: the columns of s, 0 without it; ``seeds``: projections with a mask, 0 without dropout.
     """
     arch, dropout = launch.arch_at(device), seeds > 0
+    tma = launch.can_use_tma(arch, dtype, inner, outer)
     tile = launch.gemm_tile(arch, dtype, dropout=dropout, tma=tma, ragged=launch.is_ragged(dtype, inner, outer))
     # without dropout the projections' products are one product; with it each has its own mask, and padding columns are left out
     count = seeds or 1

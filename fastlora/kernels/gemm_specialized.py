@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from fastlora.kernels import launch
+from fastlora.kernels import hopper, launch
 from fastlora.kernels.hopper import (
     MISSING,
     attempt,
@@ -224,8 +224,11 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)  # rows differ from step to step
-def plan(rows, inner, outer, stored, layout, transposed, biased, dtype, device) -> _Plan:
-    """What a product's shape decides; ``stored``: the columns of s, 0 without it."""
+def plan(rows, inner, outer, stored, layout, transposed, biased, dtype, device) -> _Plan | None:
+    """What a product's shape decides, or None where another kernel computes it; ``stored``: the columns of s, 0 without it."""
+    arch = launch.arch_at(device)
+    if not (hopper.serves(arch) and launch.can_use_tma(arch, dtype, inner, outer)):
+        return None
     programs = launch.persistent_programs(device)
     tile = launch.gemm_specialized_tile(rows, outer, programs)
     rank, second, third = rank_columns(layout, stored, tile, transposed=transposed) if stored else (0, 0, 0)
@@ -242,10 +245,14 @@ def plan(rows, inner, outer, stored, layout, transposed, biased, dtype, device) 
 
 
 def run(x, weight, s, b, bias, out, *, transposed: bool, layout=None) -> bool:
-    """out [M, N] = x W' + s b' + bias, arguments as :func:`fastlora.kernels.gemm.gemm` prepares them; False: see ``hopper.attempt``."""
+    """out [M, N] = x W' + s b' + bias, arguments as of :func:`fastlora.kernels.gemm.gemm`; False: another kernel has to."""
+    if not hopper.compiles(NAME):
+        return False
     rows, inner = x.shape
     stored = 0 if s is None else s.shape[1]
     made = plan(rows, inner, out.shape[1], stored, layout, transposed, bias is not None, x.dtype, x.device)
+    if made is None:
+        return False
     d_x, d_w, d_s, d_b, d_y = made.describe
     return attempt(
         NAME, made.launch,

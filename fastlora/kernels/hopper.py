@@ -33,16 +33,26 @@ except ImportError as error:
     MISSING = str(error)
 
 __all__ = [
-    "MISSING", "attempt", "copy_in", "copy_out", "describe", "fence_async_shared", "gl", "gluon", "layout_of", "mbarrier", "tma",
+    "MISSING", "attempt", "compiles", "copy_in", "copy_out", "describe", "fence_async_shared", "gl", "gluon", "layout_of", "mbarrier", "serves", "tma",
     "usable", "warpgroup_mma", "warpgroup_mma_wait",
 ]  # fmt: skip
 
 _refused: dict[str, str] = {}
 
 
+def serves(arch: str) -> bool:
+    """Whether these kernels are for the architecture, and Gluon is there."""
+    return arch == "sm_90" and MISSING is None
+
+
+def compiles(kernel: str) -> bool:
+    """Whether ``kernel`` has not been found to fail with the installed Triton."""
+    return kernel not in _refused
+
+
 def usable(arch: str, kernel: str) -> bool:
-    """Whether ``kernel`` serves the architecture and has not been found to fail with the installed Triton."""
-    return arch == "sm_90" and MISSING is None and kernel not in _refused
+    """Whether ``kernel`` serves the architecture and compiles."""
+    return serves(arch) and compiles(kernel)
 
 
 def attempt(kernel: str, launch: Callable[..., None], *arguments) -> bool:

@@ -161,11 +161,18 @@ class Launch:
         self._compiled = None
 
     def __call__(self, *arguments) -> None:
-        """Launch on the device of the first argument."""
-        if self._compiled is not None and torch.cuda.current_device() == self._index or self._known(arguments):
-            self._start(arguments)
-        else:
+        """Launch on the device of the first argument, on its current stream."""
+        if (self._compiled is None or torch.cuda.current_device() != self._index) and not self._known(arguments):
             self._by_jit(arguments)
+            return
+        # what compiled[grid](...) does, without the closure it makes each time
+        knobs, compiled = triton.knobs.runtime, self._compiled
+        enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler listens
+            compiled[self.grid](*arguments, *self._ordered)
+            return
+        stream = triton.runtime.driver.active.get_current_stream(self._index)
+        compiled.run(*self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *self._ordered)
 
     def _known(self, arguments: tuple) -> bool:
         """Whether this device is the current one and the binary is there: it is then looked up."""
@@ -197,16 +204,6 @@ class Launch:
             compiled = self.kernel[self.grid](*arguments, **self.constants, **options)
         ordered = tuple(self.constants[name] for name in self.kernel.arg_names[len(arguments) :])
         _binaries[self._key(tensor.device.index, tensor, arguments)] = compiled, ordered, self.kernel
-
-    def _start(self, arguments: tuple) -> None:
-        """Launch the binary on the current stream: what ``compiled[grid](...)`` does, without the closure it makes each time."""
-        knobs, compiled = triton.knobs.runtime, self._compiled
-        enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
-        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler listens
-            compiled[self.grid](*arguments, *self._ordered)
-            return
-        stream = triton.runtime.driver.active.get_current_stream(self._index)
-        compiled.run(*self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *self._ordered)
 
 
 def run(kernel, grid: tuple[int, ...], tile: Tile, *arguments, **constants) -> None:

@@ -20,13 +20,16 @@ if hopper.MISSING is not None:
 def call(monkeypatch):
     """run() on tensors of the host, whose launch does what is asked."""
     monkeypatch.setattr(hopper, "_refused", {})
+    monkeypatch.setattr(launch, "arch_at", lambda device: "sm_90")
+    gemm_specialized.plan.cache_clear()
     x, weight, out = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((32, 128), (64, 128), (32, 64)))
 
     def run(launched):
         monkeypatch.setattr(launch.Launch, "__call__", launched)
         return gemm_specialized.run(x, weight, None, None, None, out, transposed=True)
 
-    return run
+    yield run
+    gemm_specialized.plan.cache_clear()
 
 
 def test_a_kernel_that_does_not_compile_is_said_once_and_not_tried_again(call):
@@ -54,6 +57,11 @@ def test_any_other_error_of_a_launch_is_not_swallowed(call):
     with pytest.raises(RuntimeError, match="illegal memory access"):
         call(broken)
     assert hopper.usable("sm_90", "GEMM")
+
+
+def test_a_product_that_another_kernel_serves_is_left_to_it(monkeypatch):
+    x, weight, out = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((32, 128), (64, 128), (32, 64)))
+    assert gemm_specialized.run(x, weight, None, None, None, out, transposed=True) is False
 
 
 def test_blocks_are_what_the_kernel_was_written_for(call):
