@@ -171,8 +171,10 @@ class Launch:
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler listens
             compiled[self.grid](*arguments, *self._ordered)
             return
+        # of a tensor the launcher asks the driver whether its address is one of the device's; an address it takes as it is
+        addresses = [a if not isinstance(a, torch.Tensor) else a.data_ptr() if a.is_cuda else _refuse(self.kernel, a) for a in arguments]
         stream = triton.runtime.driver.active.get_current_stream(self._index)
-        compiled.run(*self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *self._ordered)
+        compiled.run(*self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *addresses, *self._ordered)
 
     def _known(self, arguments: tuple) -> bool:
         """Whether this device is the current one and the binary is there: it is then looked up."""
@@ -189,7 +191,7 @@ class Launch:
 
     def _key(self, index: int | None, tensor: torch.Tensor, arguments: tuple) -> tuple:
         # a kernel's own hash is computed anew at each call
-        dtypes = [a.dtype for a in arguments if a.__class__ is torch.Tensor]
+        dtypes = [a.dtype for a in arguments if isinstance(a, torch.Tensor)]  # parameters too
         return (id(self.kernel), index, self.tile, tensor.dtype, *dtypes, *self.constants.values())
 
     def _by_jit(self, arguments: tuple) -> None:
@@ -204,6 +206,10 @@ class Launch:
             compiled = self.kernel[self.grid](*arguments, **self.constants, **options)
         ordered = tuple(self.constants[name] for name in self.kernel.arg_names[len(arguments) :])
         _binaries[self._key(tensor.device.index, tensor, arguments)] = compiled, ordered, self.kernel
+
+
+def _refuse(kernel, tensor: torch.Tensor) -> int:
+    raise ValueError(f"{kernel.__name__}: an argument of shape {tuple(tensor.shape)} is on {tensor.device}; allowed: the GPU of the others")
 
 
 def run(kernel, grid: tuple[int, ...], tile: Tile, *arguments, **constants) -> None:
