@@ -196,7 +196,7 @@ def _our_gradients(
         with one, contextlib.nullcontext() if floats else exact(net):
             for each in batches:
                 with stream.use(each.stream), around(each.stream):
-                    objective(each).total.backward()
+                    objective(each).backward()
         found = {}
         for layer in lora_layers(net):
             factors = {"lora_A": layer.lora_A.weight, "lora_B": layer.lora_B.weight}

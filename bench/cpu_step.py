@@ -62,7 +62,7 @@ def ours(model: torch.nn.Module, rows: Sequence[Row], tokens: int | None) -> Cal
             for cut in cuts:
                 batch = packing.collate([rows[i] for i in cut], [ids[i] for i in cut], alignment)
                 with stream.use(batch.stream):
-                    objective(batch).total.backward()
+                    objective(batch).backward()
         optimizer.step(supervised_tokens=sum(row.supervised for row in rows))
         optimizer.zero_grad()
 

@@ -62,7 +62,7 @@ def of_model(model: nn.Module, rows: Sequence[Row], alignment: int, tokens: int,
         for cut in packing.plan(rows, tokens, alignment):
             batch = packing.collate([rows[i] for i in cut], [ids[i] for i in cut], alignment, device, seed=0, step=1)
             with stream.use(batch.stream):
-                objective(batch).total.backward()
+                objective(batch).backward()
     found = room([(f"{layer.path}.{name}", s) for layer in lora_layers(model) for name, s in zip(FACTORS, layer.sums, strict=True)])
     discard(model)
     return found

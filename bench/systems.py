@@ -239,7 +239,7 @@ def adapted(spec: Spec, model: nn.Module, device, rows: list[Row] | None = None)
         with one, contextlib.nullcontext() if "float" in flags else exact(model):
             for batch in batches:
                 with stream.use(batch.stream), around(batch.stream):
-                    objective(batch).total.backward()
+                    objective(batch).backward()
 
     def clear(flags: frozenset[str] = spec.flags) -> None:
         if "float" in flags:

@@ -132,7 +132,7 @@ class Subject:
                 streams.append(batch.stream.lengths)
                 with stream.use(batch.stream):
                     loss = objective(batch)
-                    loss.total.backward()
+                    loss.backward()
                 documents.update(zip(cut, loss.documents))
                 supervised += batch.supervised
         total = sum(documents[i].item() for i in range(ROWS))

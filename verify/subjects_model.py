@@ -107,7 +107,7 @@ class OwnModel:
                 spans = [(start, start + n) for (start, _), n in zip(batch.stream.spans, batch.stream.lengths)]
                 watched = contextlib.nullcontext() if records is None else records.watch(self.model, spans, batch.lines)
                 with stream.use(batch.stream), watched:
-                    self.objective(batch).total.backward()
+                    self.objective(batch).backward()
         counter.remove()
         optimizer.step(supervised_tokens=sum(row.supervised for row in rows))
         optimizer.zero_grad(set_to_none=True)
