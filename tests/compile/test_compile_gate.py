@@ -44,7 +44,7 @@ ROWS = [
 CHOSEN += [
     Case("gemm", "sm_90", outer=6144, count=3), Case("da", "sm_90", outer=6144, count=3), Case("db_ds", "sm_89", outer=6144, count=3),
 ]  # fmt: skip
-CHOSEN += [Case("factors", "sm_90", rank=20)]
+CHOSEN += [Case("factors", "sm_90", rank=20, outer=576)]
 CHOSEN += [Case("gemm_specialized", "sm_90", transposed=side) for side in (True, False)]
 CHOSEN += [Case(narrow, "sm_90") for narrow in gate_specialized.GEMM if narrow != "gemm_specialized"]
 CHOSEN += [Case(operation, "sm_90", outer=128, inner=0) for operation in gate_specialized.ATTENTION]
@@ -92,3 +92,9 @@ def test_chosen_cases_are_few_and_known():
     assert len(CHOSEN) <= 60
     assert {case.arch for case in CHOSEN} == set(tables.ARCHITECTURES)
     assert len(all_cases()) > len(CHOSEN)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_copies_of_a_and_b_round_to_nearest(arch):
+    compiled, _ = compile_case(Case("factors", arch))
+    assert "cvt.rn.bf16" in compiled.asm["ptx"]

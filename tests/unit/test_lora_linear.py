@@ -87,6 +87,24 @@ def test_lora_linear_exact_and_ordinary_gradients_agree():
         assert error <= chunks * (2.0**-41 + 2.0**-24 * chunks * grad.abs().max()) and grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_lora_linear_of_batches_is_that_of_their_rows_and_may_be_changed_in_place(exact):
+    found = []
+    for shape in ((40, 24), (2, 20, 24), (24,)):
+        x, weight, a, b, scale, bias = make()
+        x = (x.detach()[:1] if shape == (24,) else x.detach()).reshape(shape).requires_grad_()
+        sums = (TokenSum(a.shape), TokenSum(b.shape)) if exact else None
+        y = fastlora.lora_linear(x, weight, a, b, scale, bias, sums=sums)
+        assert y.shape == (*shape[:-1], 20)
+        y += 1.0
+        (y * torch.arange(y.numel()).reshape(y.shape)).sum().backward()
+        assert x.grad.shape == shape
+        gradients = [total.total for total in sums] if exact else [a.grad, b.grad]
+        found.append((y.detach().reshape(-1, 20), x.grad.reshape(-1, 24), *gradients))
+    rows, batches, _ = found
+    assert all(torch.equal(mine, other) for mine, other in zip(rows, batches))
+
+
 def test_lora_linear_under_autocast_uses_the_autocast_dtype():
     x, weight, a, b, scale, bias = make()
     with torch.autocast("cpu", dtype=torch.bfloat16):
