@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
+from bench import warm
 from bench.provenance import ROOT, provenance, result_path, write_result
 from fastlora.errors import InputError
 
@@ -36,6 +37,8 @@ def run(
         "--benchmark-columns=median,iqr,rounds,iterations", "--benchmark-sort=name", *arguments,
     ]  # fmt: skip
     before = path.read_bytes() if path.exists() else None
+    if not arguments:  # of a chosen few, as many would be compiled for nothing
+        warm.up(level, say)
     code = subprocess.run(command, cwd=ROOT, check=False, env=os.environ | {RESULT: str(path), HEAD: json.dumps(head)}).returncode
     if code not in (0, 1):
         raise InputError(f"pytest ended with {code}; its arguments were: {' '.join(arguments) or 'none'}")
