@@ -32,6 +32,7 @@ def factors_kernel(
 
 @functools.lru_cache(maxsize=1024)
 def _plan(rank, inner, outer, of_a, of_b, dtype, device) -> launch.Launch:
+    """The launch of one shape; it keeps one binary, so the dtypes of a, of b and of the copies are told too."""
     padded, block = launch.padded_rank(rank), FACTORS_TILE.bm
     blocks = launch.cdiv(padded * inner, block) + launch.cdiv(outer * padded, block)
     return launch.Launch(factors_kernel, (blocks,), FACTORS_TILE, RANK=rank, R=padded, K=inner, N=outer, BLOCK=block)
