@@ -42,7 +42,9 @@ def test_seconds_of_refuses_what_is_no_time(text):
         seconds_of(text)
 
 
-def test_run_ends_within_a_tenth_of_its_budget():
+def test_run_ends_within_a_tenth_of_its_budget(monkeypatch):
+    # the process's own seconds: what else a machine does would otherwise be in the last case
+    monkeypatch.setattr(time, "monotonic", time.process_time)
     begun = time.monotonic()
     outcomes = runner.run_claims(
         [SUBJECT], ["accuracy", "updates"], seconds=5.0, cases=None, seed=0, after_each=lambda found: None

@@ -17,7 +17,7 @@ class Budget:
     seconds: float | None = None
     cases: int | None = None
     stop_at_failure: bool = False
-    begun: float = field(default_factory=time.monotonic)
+    begun: float = field(default_factory=lambda: time.monotonic())  # looked up at the call: the clock may be another one
 
     def more(self, done: int) -> bool:
         """Whether another case fits after ``done`` of them."""
