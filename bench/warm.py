@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import subprocess
@@ -19,6 +20,7 @@ from bench.shapes import default_dtype
 # Each holds a case and a CUDA context; more than these share too little of what there is to compile.
 MOST_PROCESSES = 8
 
+
 def run(level: str, first: int, each: int, device: str, say: Callable[[str], None]) -> None:
     """Every ``each``-th case of "kernel" or "block" from the ``first`` on: its check, and each of its calls once. One that fails is told."""
     cases = importlib.import_module(f"bench.{level}_cases")
@@ -27,12 +29,11 @@ def run(level: str, first: int, each: int, device: str, say: Callable[[str], Non
     for name, size in names[first::each]:
         torch.manual_seed(0)
         try:
-            case = cases.make(name, size, device, default_dtype(device))
-            for system, call in case.calls.items():
-                if system != compiled:
-                    call()
-            case.check()
-            case.close()
+            with contextlib.closing(cases.make(name, size, device, default_dtype(device))) as case:
+                for system, call in case.calls.items():
+                    if system != compiled:
+                        call()
+                case.check()
         except Exception as error:  # it is compiled when it is timed, and fails there if it has to
             say(f"{name}-{size}: not compiled ahead: {type(error).__name__}: {str(error)[:200]}")
 

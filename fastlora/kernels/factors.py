@@ -38,7 +38,7 @@ def _plan(rank, inner, outer, of_a, of_b, dtype, device) -> launch.Launch:
     return launch.Launch(factors_kernel, (blocks,), FACTORS_TILE, RANK=rank, R=padded, K=inner, N=outer, BLOCK=block)
 
 
-def padded_factors(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def copy_factors(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """A [r, K] and B [N, r], contiguous, of any floating dtypes -> [R, K] and [N, R] in ``dtype``; R the padded rank."""
     rank, inner = a.shape
     outer, padded = b.shape[0], launch.padded_rank(rank)

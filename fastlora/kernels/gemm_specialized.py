@@ -198,7 +198,6 @@ if MISSING is None:
         )  # fmt: skip
 
 
-@functools.cache
 def blocks_of(tile, *, transposed: bool) -> dict[str, tuple[int, int]]:
     """The block [rows, columns] of each descriptor of the kernel."""
     x, w = (tile.bm // 2, tile.bk), (tile.bn, tile.bk) if transposed else (tile.bk, tile.bn)

@@ -80,7 +80,6 @@ def is_ragged(dtype: torch.dtype, *features: int) -> bool:
 TMA_MIN_INNER = 128
 
 
-@functools.cache
 def can_use_tma(arch: str, dtype: torch.dtype, inner: int, outer: int) -> bool:
     """Whether bulk tensor copies serve this product: rows of 16-byte multiples, a 16-bit dtype, K (``inner``) of two steps."""
     fits = arch in TMA_ARCHITECTURES and dtype != torch.float32 and inner >= TMA_MIN_INNER
@@ -178,10 +177,8 @@ class Launch:
 
     def _known(self, arguments: tuple) -> bool:
         """Whether this device is the current one and the binary is there: it is then looked up."""
-        first = arguments[0]
-        tensor = first if isinstance(first, torch.Tensor) else first.base
-        index = tensor.device.index
-        known = _binaries.get(self._key(index, tensor, arguments))
+        index = _first(arguments).device.index
+        known = _binaries.get(self._key(arguments))
         if known is None or torch.cuda.current_device() != index:
             return False
         # the binary last: another thread may look meanwhile
@@ -189,23 +186,28 @@ class Launch:
         self._compiled = known[0]
         return True
 
-    def _key(self, index: int | None, tensor: torch.Tensor, arguments: tuple) -> tuple:
-        # a kernel's own hash is computed anew at each call
+    def _key(self, arguments: tuple) -> tuple:
+        first = _first(arguments)
         dtypes = [a.dtype for a in arguments if isinstance(a, torch.Tensor)]  # parameters too
-        return (id(self.kernel), index, self.tile, tensor.dtype, *dtypes, *self.constants.values())
+        # a kernel's own hash is computed anew at each call
+        return (id(self.kernel), first.device.index, self.tile, first.dtype, *dtypes, *self.constants.values())
 
     def _by_jit(self, arguments: tuple) -> None:
         """Launch as Triton does, which compiles what is not compiled; the binary is kept."""
-        first = arguments[0]
-        tensor = first if isinstance(first, torch.Tensor) else first.base
+        first = _first(arguments)
         options = {"num_warps": self.tile.warps, "num_stages": self.tile.stages, "enable_fp_fusion": self.tile.fusion}
-        if not tensor.is_cuda:
+        if not first.is_cuda:
             self.kernel[self.grid](*arguments, **self.constants, **options)
             return
-        with torch.cuda.device(tensor.device):
+        with torch.cuda.device(first.device):
             compiled = self.kernel[self.grid](*arguments, **self.constants, **options)
         ordered = tuple(self.constants[name] for name in self.kernel.arg_names[len(arguments) :])
-        _binaries[self._key(tensor.device.index, tensor, arguments)] = compiled, ordered, self.kernel
+        _binaries[self._key(arguments)] = compiled, ordered, self.kernel
+
+
+def _first(arguments: tuple) -> torch.Tensor:
+    """The first argument, or the tensor it describes."""
+    return arguments[0] if isinstance(arguments[0], torch.Tensor) else arguments[0].base
 
 
 def _refuse(kernel, tensor: torch.Tensor) -> int:

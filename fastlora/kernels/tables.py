@@ -2,13 +2,11 @@
 
 What fixes an element's bits (the depth of a K step, the order of its steps) may depend on features, rank, dtype and
 architecture alone. The rows for sm_90 were the fastest of a sweep on an H100 (2026-11-24, torch 2.11, Triton 3.6; M = 8192, K = 4096);
-the others are chosen to launch within the architecture's shared memory and to spill nothing, which the compile gate holds. The answers are
-cached: a launch asks each time.
+the others are chosen to launch within the architecture's shared memory and to spill nothing, which the compile gate holds.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -78,7 +76,6 @@ _GEMM_DROPOUT_BN = 64
 _GEMM_RAGGED = Tile(64, 64, 32, warps=4, stages=2)
 
 
-@functools.lru_cache(maxsize=1024)  # rows differ from step to step
 def gemm_specialized_tile(rows: int, outer: int, programs: int) -> Tile:
     """The narrowest tile of the warp-specialised GEMM whose tiles ``programs`` multiprocessors compute in one turn, else the widest."""
     widest = GEMM_SPECIALIZED[-1]
@@ -86,7 +83,6 @@ def gemm_specialized_tile(rows: int, outer: int, programs: int) -> Tile:
     return next(fits, widest)
 
 
-@functools.cache
 def gemm_tile(arch: str, dtype: torch.dtype, *, dropout: bool, tma: bool, ragged: bool = False) -> Tile:
     """Tile of the portable GEMM with rank-r epilogue. ``ragged``: a row of an operand is no multiple of 16 bytes."""
     if tma:
@@ -102,7 +98,6 @@ def gemm_tile(arch: str, dtype: torch.dtype, *, dropout: bool, tma: bool, ragged
     return tile
 
 
-@functools.cache
 def project_tile(arch: str, dtype: torch.dtype, rank: int, *, apart: bool = False) -> Tile:
     """Tile of S = x A^T: bm rows, bk features a step. ``apart``: programs of several projections share a multiprocessor."""
     if arch == "interpreter":
@@ -139,7 +134,6 @@ def _token_sum_hopper(rank: int, with_ds: bool, narrow: bool, apart: bool) -> Ti
     return Tile(64, 64, warps=8, stages=3)
 
 
-@functools.cache
 def token_sum_tile(arch: str, dtype: torch.dtype, rank: int, *, with_ds: bool, features: int, apart: bool = False) -> Tile:
     """Tile of the token sums: bm tokens a step (a divisor of the chunk of 64), bn features of the result.
 
@@ -173,7 +167,6 @@ def token_sum_tile(arch: str, dtype: torch.dtype, rank: int, *, with_ds: bool, f
     return Tile(64, 32, warps=8, stages=1 if arch == "sm_90" else 2)
 
 
-@functools.cache
 def reduce_tile(rank: int) -> Tile:
     """Tile of the reduction of dS partials: bm rows of the padded rank."""
     return Tile(max(1, 1024 // rank), warps=4, stages=2)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 
 from fastlora import stream
-from fastlora.kernels import factors
 from fastlora.kernels.chunks import Chunks, chunks_of
 from fastlora.kernels.columns import single
+from fastlora.kernels.factors import copy_factors
 from fastlora.kernels.gemm import gemm
 from fastlora.kernels.launch import Dropout, padded_rank
 from fastlora.kernels.project import project
@@ -42,7 +42,7 @@ def padded_factors(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> tupl
     """A [R, K] and B [N, R] cast to ``dtype`` and padded with zeros; themselves, where they are so already."""
     a, b = kernel_ready(a), kernel_ready(b)
     done = a.shape[0] == padded_rank(a.shape[0]) and a.dtype == dtype == b.dtype
-    return (a, b) if done else factors.padded_factors(a, b, dtype)
+    return (a, b) if done else copy_factors(a, b, dtype)
 
 
 def forward_triton(x, weight, a, b, scale, bias=None, dropout=0.0, key=None):

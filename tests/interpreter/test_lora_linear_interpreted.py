@@ -125,7 +125,7 @@ def test_lora_linear_writes_every_element():
 @pytest.mark.parametrize("of", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_copies_of_a_and_b_are_casts_with_a_rank_of_zeros(dtype, of, rank):
-    from fastlora.kernels.factors import padded_factors
+    from fastlora.kernels.factors import copy_factors
     from fastlora.kernels.launch import padded_rank
 
     g = torch.Generator().manual_seed(5)
@@ -135,7 +135,7 @@ def test_copies_of_a_and_b_are_casts_with_a_rank_of_zeros(dtype, of, rank):
     expected[0][:rank], expected[1][:, :rank] = a, b
     # Triton's interpreter cuts fp32 off to bf16; what a GPU's instruction does is tests/compile's matter
     cut = of == torch.float32 and dtype == torch.bfloat16
-    for found, wanted, source in zip(padded_factors(a, b, dtype), expected, (a, b)):
+    for found, wanted, source in zip(copy_factors(a, b, dtype), expected, (a, b)):
         assert found.dtype == dtype and found.shape == wanted.shape
         if cut:
             inside = tuple(slice(n) for n in source.shape)
