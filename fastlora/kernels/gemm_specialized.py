@@ -46,17 +46,28 @@ if MISSING is None:
         return first + (tile % in_group) % size, (tile % in_group) // size
 
     @gluon.jit
+    def claim(full, empty, turn, BYTES: gl.constexpr, STAGES: gl.constexpr):
+        """(number, barrier) of the ring's next place, once it is free: BYTES are then expected there."""
+        stage = turn % STAGES
+        mbarrier.wait(empty.index(stage), ((turn // STAGES) & 1) ^ 1)
+        bar = full.index(stage)
+        mbarrier.expect(bar, BYTES)
+        return stage, bar
+
+    @gluon.jit
+    def load_halves(d_x, s_x, bar, stage, m0, i_k, BM: gl.constexpr):
+        """Copy the block of BM rows of d_x, one half a warpgroup."""
+        for i_half in gl.static_range(2):
+            copy_in(d_x, [m0 + i_half * (BM // 2), i_k], bar, s_x.index(stage * 2 + i_half))
+
+    @gluon.jit
     def load_block(
         d_x, d_w, s_x, s_w, full, empty, turn, m0, n0, i_k,
         BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr,
     ):  # fmt: skip
         """Copy the blocks [BM, BK] of d_x and [BN, BK] (or [BK, BN]) of d_w into the ring's next place, once it is free."""
-        stage = turn % STAGES
-        mbarrier.wait(empty.index(stage), ((turn // STAGES) & 1) ^ 1)
-        bar = full.index(stage)
-        mbarrier.expect(bar, (BM + BN) * BK * 2)
-        for i_half in gl.static_range(2):
-            copy_in(d_x, [m0 + i_half * (BM // 2), i_k], bar, s_x.index(stage * 2 + i_half))
+        stage, bar = claim(full, empty, turn, (BM + BN) * BK * 2, STAGES)
+        load_halves(d_x, s_x, bar, stage, m0, i_k, BM)
         if TRANSPOSED:
             copy_in(d_w, [n0, i_k], bar, s_w.index(stage))
         else:
@@ -118,6 +129,34 @@ if MISSING is None:
         return gl.split(gl.permute(gl.reshape(b_acc, (HEIGHT, 2, WIDTH // 2)), (0, 2, 1)))
 
     @gluon.jit
+    def multiply_tile(
+        s_x, s_w, full, empty, turn,
+        HALF: gl.constexpr, K: gl.constexpr, R: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+        TRANSPOSED: gl.constexpr,
+    ):  # fmt: skip
+        """(sum over K, then over R, of a warpgroup's rows of a tile; the ring's turn after it)."""
+        layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+        b_acc = gl.zeros((BM // 2, BN), gl.float32, layout)
+        for i_k in range(0, K, BK):
+            b_acc = add_block(b_acc, s_x, s_w, full, empty, turn, i_k > 0, HALF, BK, BK, STAGES, TRANSPOSED)
+            turn += 1
+        for _ in gl.static_range(0, R, BK):
+            # a block may hold more than R columns: a low rank pays for its own alone
+            b_acc = add_block(b_acc, s_x, s_w, full, empty, turn, True, HALF, min(R, BK), BK, STAGES, TRANSPOSED)
+            turn += 1
+        b_acc = warpgroup_mma_wait(0, deps=[b_acc])
+        mbarrier.arrive(empty.index((turn + STAGES - 1) % STAGES))
+        return b_acc, turn
+
+    @gluon.jit
+    def put(d_out, b_part, b_buffer, m, n):
+        """Round a part of a tile and start its copy to (m, n), through a buffer of which the store before the last one was the last."""
+        tma.store_wait(1)
+        b_buffer.store(b_part.to(d_out.dtype))
+        fence_async_shared()
+        copy_out(d_out, [m, n], b_buffer)
+
+    @gluon.jit
     def multiply_tiles(
         HALF: gl.constexpr, p_bias, d_y, s_x, s_w, s_y, full, empty, num_m,
         N: gl.constexpr, K: gl.constexpr, R: gl.constexpr, BIAS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
@@ -125,35 +164,21 @@ if MISSING is None:
     ):  # fmt: skip
         """A multiplying warpgroup: the upper (HALF = 0) or lower rows of every tile of this program."""
         num_n: gl.constexpr = (N + BN - 1) // BN
-        layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
         turn = 0
         for tile in range(gl.program_id(0), num_m * num_n, PROGRAMS):
             i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
             m0 = i_m * BM + HALF * (BM // 2)
             n0 = i_n * BN
-            b_acc = gl.zeros((BM // 2, BN), gl.float32, layout)
-            for i_k in range(0, K, BK):
-                b_acc = add_block(b_acc, s_x, s_w, full, empty, turn, i_k > 0, HALF, BK, BK, STAGES, TRANSPOSED)
-                turn += 1
-            for _ in gl.static_range(0, R, BK):
-                # a block may hold more than R columns: a low rank pays for its own alone
-                b_acc = add_block(b_acc, s_x, s_w, full, empty, turn, True, HALF, min(R, BK), BK, STAGES, TRANSPOSED)
-                turn += 1
-            b_acc = warpgroup_mma_wait(0, deps=[b_acc])
-            mbarrier.arrive(empty.index((turn + STAGES - 1) % STAGES))
+            b_acc, turn = multiply_tile(s_x, s_w, full, empty, turn, HALF, K, R, BM, BN, BK, STAGES, TRANSPOSED)
             if BIAS:
-                o_n = n0 + gl.arange(0, BN, gl.SliceLayout(0, layout))
+                o_n = n0 + gl.arange(0, BN, gl.SliceLayout(0, b_acc.type.layout))
                 b_acc += gl.load(p_bias + o_n, mask=o_n < N, other=0.0).to(gl.float32)[None, :]
             b_left, b_right = halves(b_acc, BM // 2, BN)
             b_0, b_1 = halves(b_left, BM // 2, BN // 2)
             b_2, b_3 = halves(b_right, BM // 2, BN // 2)
             for i_quarter in gl.static_range(4):
                 b_part = b_0 if i_quarter == 0 else b_1 if i_quarter == 1 else b_2 if i_quarter == 2 else b_3
-                b_out = s_y.index(HALF * 2 + i_quarter % 2)
-                tma.store_wait(1)  # the store before the last one has read this buffer
-                b_out.store(b_part.to(d_y.dtype))
-                fence_async_shared()
-                copy_out(d_y, [m0, n0 + i_quarter * (BN // 4)], b_out)
+                put(d_y, b_part, s_y.index(HALF * 2 + i_quarter % 2), m0, n0 + i_quarter * (BN // 4))
         tma.store_wait(0)
 
     @gluon.jit(do_not_specialize=["M"])

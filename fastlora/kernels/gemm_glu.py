@@ -1,0 +1,287 @@
+"""The products of a gated feed-forward layer with the gate in their epilogue, for Hopper (compute capability 9.0).
+
+    forward     [gate, up] = x W^T + S B^T      hidden = act(gate) * up
+    backward    dhidden = dz W + dS A           [dgate, dup] and hidden again
+
+The GEMM is that of gemm_specialized.py, the gate that of glu.py, and so are the bits: both round where a kernel of its own would have
+stored. What is saved is a pass over memory: forward, gate and up are not read again; backward, dhidden is neither written nor read. A
+tile of the forward is as many features of the gate as of up; in the backward the loading warp brings the tile's gate and up through the
+ring, behind the blocks of the product. Source: the epilogue fusion of CUTLASS 3 (NVIDIA), here in Gluon (see hopper.py).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from fastlora.kernels import gemm_specialized, hopper, launch
+from fastlora.kernels.gemm_specialized import PARTS, WIDEST
+from fastlora.kernels.glu import activate
+from fastlora.kernels.hopper import MISSING, attempt, copy_in, describe, gl, gluon, mbarrier, tma
+
+NAME = "GEMM with a gate"
+
+
+if MISSING is None:
+    from fastlora.kernels.gemm_specialized import claim, halves, load_block, load_halves, multiply_tile, put, tile_at
+
+    # the same function, compiled for Gluon
+    activate_here = gluon.jit(activate.fn)
+
+    @gluon.jit
+    def load_pair(
+        d_x, d_w, s_x, s_pair, full, empty, turn, m0, n0, i_k,
+        F: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+    ):  # fmt: skip
+        """As ``load_block``, of BN / 2 features of the gate and the same of up."""
+        stage, bar = claim(full, empty, turn, (BM + BN) * BK * 2, STAGES)
+        load_halves(d_x, s_x, bar, stage, m0, i_k, BM)
+        for i_part in gl.static_range(2):
+            copy_in(d_w, [n0 + i_part * F, i_k], bar, s_pair.index(stage * 2 + i_part))
+
+    @gluon.jit
+    def load_forward(
+        d_x, d_w, d_s, d_b, s_x, s_pair, full, empty, num_m,
+        F: gl.constexpr, K: gl.constexpr, R: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+        GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+    ):  # fmt: skip
+        """The loading warp of the forward."""
+        num_n: gl.constexpr = F // (BN // 2)
+        turn = 0
+        for tile in range(gl.program_id(0), num_m * num_n, PROGRAMS):
+            i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
+            m0, n0 = i_m * BM, i_n * (BN // 2)
+            for i_k in range(0, K, BK):
+                load_pair(d_x, d_w, s_x, s_pair, full, empty, turn, m0, n0, i_k, F, BM, BN, BK, STAGES)
+                turn += 1
+            for i_r in gl.static_range(0, R, BK):
+                load_pair(d_s, d_b, s_x, s_pair, full, empty, turn, m0, n0, i_r, F, BM, BN, BK, STAGES)
+                turn += 1
+
+    @gluon.jit
+    def multiply_forward(
+        HALF: gl.constexpr, d_y, d_h, s_x, s_w, s_y, full, empty, num_m,
+        F: gl.constexpr, K: gl.constexpr, R: gl.constexpr, ACTIVATION: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+        BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+    ):  # fmt: skip
+        """A multiplying warpgroup of the forward: the upper (HALF = 0) or lower rows of every tile of this program."""
+        num_n: gl.constexpr = F // (BN // 2)
+        turn = 0
+        for tile in range(gl.program_id(0), num_m * num_n, PROGRAMS):
+            i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
+            m0 = i_m * BM + HALF * (BM // 2)
+            b_acc, turn = multiply_tile(s_x, s_w, full, empty, turn, HALF, K, R, BM, BN, BK, STAGES, True)
+            b_gate, b_up = halves(b_acc, BM // 2, BN)
+            b_g0, b_g1 = halves(b_gate, BM // 2, BN // 2)
+            b_u0, b_u1 = halves(b_up, BM // 2, BN // 2)
+            for i_part in gl.static_range(2):
+                b_g = (b_g0 if i_part == 0 else b_g1).to(d_y.dtype)
+                b_u = (b_u0 if i_part == 0 else b_u1).to(d_y.dtype)
+                n1 = i_n * (BN // 2) + i_part * (BN // 4)
+                put(d_y, b_g, s_y.index(HALF * 2 + i_part % 2), m0, n1)
+                put(d_y, b_u, s_y.index(HALF * 2 + (i_part + 1) % 2), m0, F + n1)
+                b_act, _ = activate_here(b_g.to(gl.float32), ACTIVATION)
+                b_h = b_act.to(d_y.dtype).to(gl.float32) * b_u.to(gl.float32)
+                put(d_h, b_h, s_y.index(HALF * 2 + i_part % 2), m0, n1)
+        tma.store_wait(0)
+
+    @gluon.jit
+    def load_backward(
+        d_x, d_w, d_s, d_b, d_gu, s_x, s_w, s_parts, full, empty, num_m,
+        F: gl.constexpr, K: gl.constexpr, R: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+        GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+    ):  # fmt: skip
+        """The loading warp of the backward: behind a tile's product its gate and up, BK features a place of the ring."""
+        num_n: gl.constexpr = F // BN
+        turn = 0
+        for tile in range(gl.program_id(0), num_m * num_n, PROGRAMS):
+            i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
+            m0, n0 = i_m * BM, i_n * BN
+            for i_k in range(0, K, BK):
+                load_block(d_x, d_w, s_x, s_w, full, empty, turn, m0, n0, i_k, BM, BN, BK, STAGES, False)
+                turn += 1
+            for i_r in gl.static_range(0, R, BK):
+                load_block(d_s, d_b, s_x, s_w, full, empty, turn, m0, n0, i_r, BM, BN, BK, STAGES, False)
+                turn += 1
+            for i_part in gl.static_range(BN // BK):
+                stage, bar = claim(full, empty, turn, 2 * BM * BK * 2, STAGES)
+                n1 = n0 + i_part * BK
+                load_halves(d_gu, s_x, bar, stage, m0, n1, BM)
+                load_halves(d_gu, s_parts, bar, stage * (BN // BK // 2), m0, F + n1, BM)
+                turn += 1
+
+    @gluon.jit
+    def multiply_backward(
+        HALF: gl.constexpr, d_dgu, d_h, s_x, s_w, s_parts, s_y, full, empty, num_m,
+        F: gl.constexpr, K: gl.constexpr, R: gl.constexpr, ACTIVATION: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+        BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+    ):  # fmt: skip
+        """A multiplying warpgroup of the backward."""
+        num_n: gl.constexpr = F // BN
+        turn = 0
+        for tile in range(gl.program_id(0), num_m * num_n, PROGRAMS):
+            i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
+            m0 = i_m * BM + HALF * (BM // 2)
+            b_acc, turn = multiply_tile(s_x, s_w, full, empty, turn, HALF, K, R, BM, BN, BK, STAGES, False)
+            b_left, b_right = halves(b_acc, BM // 2, BN)
+            b_0, b_1 = halves(b_left, BM // 2, BN // 2)
+            b_2, b_3 = halves(b_right, BM // 2, BN // 2)
+            for i_part in gl.static_range(4):
+                b_part = b_0 if i_part == 0 else b_1 if i_part == 1 else b_2 if i_part == 2 else b_3
+                stage = turn % STAGES
+                mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
+                b_g = s_x.index(stage * 2 + HALF).load(b_part.type.layout)
+                b_u = s_parts.index(stage * (BN // BK) + HALF).load(b_part.type.layout).to(gl.float32)
+                mbarrier.arrive(empty.index(stage))
+                turn += 1
+                n1 = i_n * BN + i_part * BK
+                b_d = b_part.to(d_h.dtype).to(gl.float32)
+                b_act, b_slope = activate_here(b_g.to(gl.float32), ACTIVATION)
+                b_act = b_act.to(d_h.dtype).to(gl.float32)
+                b_dact = (b_d * b_u).to(d_h.dtype).to(gl.float32)
+                put(d_dgu, b_dact * b_slope, s_y.index(HALF * 2 + i_part % 2), m0, n1)
+                put(d_dgu, b_d * b_act, s_y.index(HALF * 2 + (i_part + 1) % 2), m0, F + n1)
+                put(d_h, b_act * b_u, s_y.index(HALF * 2 + i_part % 2), m0, n1)
+        tma.store_wait(0)
+
+    @gluon.jit
+    def ring(STAGES: gl.constexpr):
+        """(barriers of filled places, of emptied ones: by one arrival a warpgroup)."""
+        full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(STAGES):
+            mbarrier.init(full.index(i), count=1)
+            mbarrier.init(empty.index(i), count=2)
+        return full, empty
+
+    @gluon.jit(do_not_specialize=["M"])
+    def gemm_glu_forward_kernel(
+        d_x, d_w, d_s, d_b, d_y, d_h, M,
+        F: gl.constexpr, K: gl.constexpr, R: gl.constexpr, ACTIVATION: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+        BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+    ):  # fmt: skip
+        """d_x [M, K]; d_w [2 F, K]; d_s [M, LR]; d_b [2 F, LR]; d_y [M, 2 F]; d_h [M, F]: descriptors, of half a tile's rows of x, s, y and
+        h, and of half a tile's features of w and b. F is a multiple of BN / 2."""
+        s_x = gl.allocate_shared_memory(d_x.dtype, [STAGES * 2, BM // 2, BK], d_x.layout)
+        s_pair = gl.allocate_shared_memory(d_w.dtype, [STAGES * 2, BN // 2, BK], d_w.layout)
+        s_w = s_pair._reinterpret(d_w.dtype, [STAGES, BN, BK], d_w.layout)
+        s_y = gl.allocate_shared_memory(d_y.dtype, [4, BM // 2, BN // 4], d_y.layout)
+        full, empty = ring(STAGES)
+        num_m = (M + BM - 1) // BM
+        gl.warp_specialize(
+            [
+                (multiply_forward, (
+                    0, d_y, d_h, s_x, s_w, s_y, full, empty, num_m, F, K, R, ACTIVATION, BM, BN, BK, STAGES, GROUP, PROGRAMS,
+                )),
+                (multiply_forward, (
+                    1, d_y, d_h, s_x, s_w, s_y, full, empty, num_m, F, K, R, ACTIVATION, BM, BN, BK, STAGES, GROUP, PROGRAMS,
+                )),
+                (load_forward, (
+                    d_x, d_w, d_s, d_b, s_x, s_pair, full, empty, num_m, F, K, R, BM, BN, BK, STAGES, GROUP, PROGRAMS,
+                )),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
+
+    @gluon.jit(do_not_specialize=["M"])
+    def gemm_glu_backward_kernel(
+        d_x, d_w, d_s, d_b, d_gu, d_dgu, d_h, M,
+        F: gl.constexpr, K: gl.constexpr, R: gl.constexpr, ACTIVATION: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+        BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+    ):  # fmt: skip
+        """d_x [M, K]; d_w [K, F]; d_s [M, LR]; d_b [LR, F]; d_gu and d_dgu [M, 2 F]; d_h [M, F]: descriptors, of half a tile's rows but for
+        w and b. F is a multiple of BN, and BK a quarter of it."""
+        s_x = gl.allocate_shared_memory(d_x.dtype, [STAGES * 2, BM // 2, BK], d_x.layout)
+        s_w = gl.allocate_shared_memory(d_w.dtype, [STAGES, BK, BN], d_w.layout)
+        # the same memory as blocks of BK features
+        s_parts = s_w._reinterpret(d_w.dtype, [STAGES * (BN // BK), BK, BK], d_gu.layout)
+        s_y = gl.allocate_shared_memory(d_h.dtype, [4, BM // 2, BN // 4], d_h.layout)
+        full, empty = ring(STAGES)
+        num_m = (M + BM - 1) // BM
+        gl.warp_specialize(
+            [
+                (multiply_backward, (
+                    0, d_dgu, d_h, s_x, s_w, s_parts, s_y, full, empty, num_m,
+                    F, K, R, ACTIVATION, BM, BN, BK, STAGES, GROUP, PROGRAMS,
+                )),
+                (multiply_backward, (
+                    1, d_dgu, d_h, s_x, s_w, s_parts, s_y, full, empty, num_m,
+                    F, K, R, ACTIVATION, BM, BN, BK, STAGES, GROUP, PROGRAMS,
+                )),
+                (load_backward, (
+                    d_x, d_w, d_s, d_b, d_gu, s_x, s_w, s_parts, full, empty, num_m, F, K, R, BM, BN, BK, STAGES, GROUP, PROGRAMS,
+                )),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
+
+
+def blocks_of(tile, *, forward: bool) -> dict[str, tuple[int, int]]:
+    """The block [rows, columns] of each descriptor of a kernel."""
+    x, out = (tile.bm // 2, tile.bk), (tile.bm // 2, tile.bn // PARTS)
+    w = (tile.bn // 2, tile.bk) if forward else (tile.bk, tile.bn)
+    return {"d_x": x, "d_w": w, "d_s": x, "d_b": w} | ({"d_y": out, "d_h": out} if forward else {"d_gu": out, "d_dgu": out, "d_h": out})
+
+
+class _Plan(NamedTuple):
+    launch: launch.Launch
+    describe: tuple  # makers of the descriptors, in the kernel's order
+
+
+@functools.lru_cache(maxsize=1024)  # rows differ from step to step
+def plan(rows, inner, features, stored, layout, activation, forward, dtype, device) -> _Plan | None:
+    """What the shape decides, or None where the product and the gate are two kernels; ``features``: of the gate, F; ``stored``: columns of s,
+    0 without it."""
+    arch = launch.arch_at(device)
+    if not (hopper.serves(arch) and launch.can_use_tma(arch, dtype, inner, features)) or features % WIDEST:
+        return None
+    programs = launch.persistent_programs(device)
+    outer = 2 * features if forward else features
+    tile = launch.gemm_specialized_tile(rows, outer, programs)
+    if tile.bn != WIDEST:
+        return None  # few tokens: narrow tiles busy more multiprocessors, and the gate's pass is in the cache
+    rank = 0 if not stored else gemm_specialized.rank_columns(layout, stored, tile, transposed=False)[0]
+    wide = {"d_x": inner, "d_w": inner if forward else features, "d_s": stored or inner, "d_h": features}
+    wide["d_b"] = (stored if forward else features) if stored else wide["d_w"]
+    wide["d_y"] = wide["d_gu"] = wide["d_dgu"] = 2 * features
+    tiles = launch.cdiv(rows, tile.bm) * launch.cdiv(outer, tile.bn)
+    made = launch.Launch(
+        gemm_glu_forward_kernel if forward else gemm_glu_backward_kernel, (min(programs, tiles),), tile,
+        F=features, K=inner, R=rank, ACTIVATION=activation, BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group,
+        PROGRAMS=programs,
+    )  # fmt: skip
+    blocks = blocks_of(tile, forward=forward)
+    return _Plan(made, tuple(launch.describer(dtype, wide[name], *block, describe) for name, block in blocks.items()))
+
+
+def _run(x, weight, s, b, layout, activation, features: int, *rest, forward: bool) -> bool:
+    """Launch a kernel with ``rest``, its last operands; False: other kernels have to."""
+    rows, inner = x.shape
+    if not rows or not hopper.compiles(NAME):
+        return False
+    stored = 0 if s is None else s.shape[1]
+    made = plan(rows, inner, features, stored, layout, activation, forward, x.dtype, x.device)
+    if made is None:
+        return False
+    operands = x, weight, x if s is None else s, weight if b is None else b, *rest
+    return attempt(NAME, made.launch, *(of(one) for of, one in zip(made.describe, operands)), rows)
+
+
+def forward(x, weight, s, b, layout, activation):
+    """(gate and up [M, 2 F], hidden [M, F]) of x [M, K] and weight [2 F, K], or None: arguments of :func:`fastlora.kernels.gemm.gemm` with
+    ``transposed``, activation of ``ops.glu.ACTIVATIONS``."""
+    rows, outer = x.shape[0], weight.shape[0]
+    out, hidden = x.new_empty((rows, outer)), x.new_empty((rows, outer // 2))
+    done = _run(x, weight, s, b, layout, activation, outer // 2, out, hidden, forward=True)
+    return (out, hidden) if done else None
+
+
+def backward(dz, weight, ds, a, layout, activation, gate_up):
+    """(gradient of ``gate_up`` [M, 2 F], hidden [M, F], bit-equal to the forward's) of dz [M, K] and weight [K, F], or None."""
+    dgate_up, hidden = torch.empty_like(gate_up), gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
+    done = _run(dz, weight, ds, a, layout, activation, hidden.shape[1], gate_up, dgate_up, hidden, forward=False)
+    return (dgate_up, hidden) if done else None
