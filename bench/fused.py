@@ -44,10 +44,10 @@ class Mlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, gate_up, down, *parameters):
-        from fastlora.kernels.glu import glu_forward
+        from fastlora.ops.gated import gated_forward
 
-        both, s = gate_up.forward(x, None)
-        y, s_down = down.forward(glu_forward(both, "silu"), None)
+        both, s, hidden = gated_forward(gate_up, x, None, "silu")
+        y, s_down = down.forward(hidden, None)
         ctx.save_for_backward(x, both, s, s_down)
         ctx.groups = gate_up, down
         return y
@@ -55,13 +55,12 @@ class Mlp(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        from fastlora.kernels.glu import glu_backward
+        from fastlora.ops.gated import gated_backward
 
         x, both, s, s_down = ctx.saved_tensors
         gate_up, down = ctx.groups
         chunks = _chunks(dy)
-        dhidden, ds, db = down.backward(dy, s_down, None, chunks)
-        dboth, hidden = glu_backward(dhidden, both, "silu", emit=True)
+        dboth, hidden, ds, db = gated_backward(down, dy, s_down, None, chunks, both, "silu")
         of_down = down.gradients(hidden, ds, db, None, chunks)
         dx, ds, db = gate_up.backward(dboth, s, None, chunks)
         return dx, None, None, *gate_up.gradients(x, ds, db, None, chunks), *of_down

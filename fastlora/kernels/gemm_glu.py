@@ -19,7 +19,18 @@ import torch
 from fastlora.kernels import gemm_specialized, hopper, launch
 from fastlora.kernels.gemm_specialized import PARTS, WIDEST
 from fastlora.kernels.glu import activate
-from fastlora.kernels.hopper import MISSING, attempt, copy_in, describe, gl, gluon, mbarrier, tma
+from fastlora.kernels.hopper import (
+    MISSING,
+    attempt,
+    copy_in,
+    copy_out,
+    describe,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    tma,
+)
 
 NAME = "GEMM with a gate"
 
@@ -132,19 +143,29 @@ if MISSING is None:
                 b_part = b_0 if i_part == 0 else b_1 if i_part == 1 else b_2 if i_part == 2 else b_3
                 stage = turn % STAGES
                 mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
-                b_g = s_x.index(stage * 2 + HALF).load(b_part.type.layout)
-                b_u = s_parts.index(stage * (BN // BK) + HALF).load(b_part.type.layout).to(gl.float32)
-                mbarrier.arrive(empty.index(stage))
-                turn += 1
-                n1 = i_n * BN + i_part * BK
+                b_place, b_other = s_x.index(stage * 2 + HALF), s_parts.index(stage * (BN // BK) + HALF)
+                b_hidden = s_y.index(HALF * 2 + i_part % 2)
+                b_g = b_place.load(b_part.type.layout)
+                b_u = b_other.load(b_part.type.layout).to(gl.float32)
                 b_d = b_part.to(d_h.dtype).to(gl.float32)
                 b_act, b_slope = activate_here(b_g.to(gl.float32), ACTIVATION)
                 b_act = b_act.to(d_h.dtype).to(gl.float32)
                 b_dact = (b_d * b_u).to(d_h.dtype).to(gl.float32)
-                put(d_dgu, b_dact * b_slope, s_y.index(HALF * 2 + i_part % 2), m0, n1)
-                put(d_dgu, b_d * b_act, s_y.index(HALF * 2 + (i_part + 1) % 2), m0, F + n1)
-                put(d_h, b_act * b_u, s_y.index(HALF * 2 + i_part % 2), m0, n1)
-        tma.store_wait(0)
+                # gradients leave from where gate and up came
+                b_place.store((b_dact * b_slope).to(d_h.dtype))
+                b_other.store((b_d * b_act).to(d_h.dtype))
+                b_hidden.store((b_act * b_u).to(d_h.dtype))
+                fence_async_shared()
+                n1 = i_n * BN + i_part * BK
+                copy_out(d_dgu, [m0, n1], b_place)
+                copy_out(d_dgu, [m0, F + n1], b_other)
+                copy_out(d_h, [m0, n1], b_hidden)
+                if i_part > 0:
+                    tma.store_wait(3)  # those of the part before have been read
+                    mbarrier.arrive(empty.index((turn + STAGES - 1) % STAGES))
+                turn += 1
+            tma.store_wait(0)
+            mbarrier.arrive(empty.index((turn + STAGES - 1) % STAGES))
 
     @gluon.jit
     def ring(STAGES: gl.constexpr):

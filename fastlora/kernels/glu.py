@@ -21,21 +21,24 @@ from fastlora.kernels.rows import ready
 @triton.jit
 def activate(b_g, ACTIVATION: tl.constexpr):
     """(act(g), act'(g)) in fp32. Sums with a product in them are explicit fma: the forward and the backward must fuse alike."""
-    if ACTIVATION == "silu":
-        b_e = 1.0 + tl.exp(-b_g)
-        b_s = 1.0 / b_e
-        b_act, b_slope = b_g / b_e, tl.fma(b_s * (1.0 - b_s), b_g, b_s)
-    elif ACTIVATION == "gelu":
+    if ACTIVATION == "gelu":
         # g Phi(g); its derivative Phi(g) + g phi(g)
         b_s = 0.5 + 0.5 * tl.erf(b_g * 0.7071067811865476)
-        b_act, b_slope = b_g * b_s, tl.fma(b_g * 0.3989422804014327, tl.exp(-0.5 * b_g * b_g), b_s)
+        b_slope = tl.fma(b_g * 0.3989422804014327, tl.exp(-0.5 * b_g * b_g), b_s)
     else:
-        tl.static_assert(ACTIVATION == "gelu_tanh")
-        # 0.5 (1 + tanh(z / 2)) = sigmoid(z), z = 2 sqrt(2 / pi) (g + 0.044715 g^3)
-        b_gg = b_g * b_g
-        b_s = 1.0 / (1.0 + tl.exp(-b_g * tl.fma(b_gg, 0.07135481282642594, 1.5957691216057308)))
-        b_dz = tl.fma(b_gg, 0.21406443847927782, 1.5957691216057308)
-        b_act, b_slope = b_g * b_s, tl.fma(b_s * (1.0 - b_s) * b_g, b_dz, b_s)
+        b_z = b_g
+        if ACTIVATION == "gelu_tanh":
+            # 0.5 (1 + tanh(z / 2)) = sigmoid(z), z = 2 sqrt(2 / pi) (g + 0.044715 g^3)
+            b_gg = b_g * b_g
+            b_z = b_g * tl.fma(b_gg, 0.07135481282642594, 1.5957691216057308)
+        else:
+            tl.static_assert(ACTIVATION == "silu")
+        b_s = 1.0 / (1.0 + tl.exp2(b_z * -1.4426950408889634))  # exp would care for numbers that 1.0 swallows
+        b_rest = 1.0 - b_s
+        if ACTIVATION == "gelu_tanh":
+            b_rest *= tl.fma(b_gg, 0.21406443847927782, 1.5957691216057308)
+        b_slope = tl.fma(b_g * b_s, b_rest, b_s)
+    b_act = b_g * b_s
     return b_act, b_slope
 
 

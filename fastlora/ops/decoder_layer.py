@@ -22,9 +22,9 @@ from fastlora.errors import TrainingError
 from fastlora.kernels.attention import attention_backward, attention_forward
 from fastlora.kernels.chunks import Chunks
 from fastlora.kernels.edges import Edges
-from fastlora.kernels.glu import glu_backward, glu_forward
 from fastlora.kernels.rms_norm import norm_backward, norm_forward
 from fastlora.kernels.rope import head_norm_rotate, head_norm_rotate_backward, rotate
+from fastlora.ops.gated import gated_backward, gated_forward
 from fastlora.ops.projections import Projections
 from fastlora.stream import Stream
 
@@ -194,10 +194,10 @@ def _up_to_down(plan: Plan, h: torch.Tensor, place: Place, drops) -> tuple[torch
         x2 = kept.h1 = torch.add(h, y, alpha=plan.residual)
         kept.rstd2 = None
     del y
-    kept.gate_up, s_gate_up = plan.gate_up.forward(x2, drops[2])
+    kept.gate_up, s_gate_up, hidden = gated_forward(plan.gate_up, x2, drops[2], plan.activation)
     kept.s.append(s_gate_up)
     kept.y2 = kept.rstd_y2 = None
-    return glu_forward(kept.gate_up, plan.activation), kept
+    return hidden, kept
 
 
 def _forward(plan: Plan, h: torch.Tensor, place: Place, drops) -> tuple[torch.Tensor, _Saved]:
@@ -230,12 +230,11 @@ def _mlp_backward(plan: Plan, dout: torch.Tensor, place: Place, drops, kept: _Sa
     if plan.after_mlp is not None:
         norm = plan.after_mlp
         dz, _ = norm_backward(dz, kept.y2, kept.rstd_y2, norm.weight, norm.style)
-    dhidden, ds, db = plan.down.backward(dz, kept.s[3], drops[3], place.chunks)
+    dgate_up, hidden, ds, db = gated_backward(plan.down, dz, kept.s[3], drops[3], place.chunks, kept.gate_up, plan.activation)
     del dz
-    dgate_up, hidden = glu_backward(dhidden, kept.gate_up, plan.activation, emit=True)
     kept.gate_up = None
     of_down = plan.down.gradients(hidden, ds, db, drops[3], place.chunks)
-    del hidden, dhidden
+    del hidden
     dx2, ds, db = plan.gate_up.backward(dgate_up, kept.s[2], drops[2], place.chunks)
     del dgate_up
     norm, x2 = plan.before_mlp, kept.h1

@@ -186,21 +186,29 @@ class Projections:
 
     def forward(self, x: torch.Tensor, dropout: Dropout | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [M, K] -> (y [M, N], s as of :meth:`low`)."""
-        s, b = self.low(x, dropout), self.b if self.adapted else None
-        return gemm(x, self.weight, s, b, self.bias, transposed=True, layout=self.layout), s
+        s = self.low(x, dropout)
+        return self.product(x, s), s
 
-    def backward(
-        self, dy: torch.Tensor, s: torch.Tensor | None, dropout: Dropout | None, chunks: Chunks, needs_dx: bool = True
-    ):
-        """dy [M, N] -> (dx [M, K] or None, ds, db): ds goes to :meth:`gradient_a`, db to :meth:`gradients`."""
+    def product(self, x: torch.Tensor, s: torch.Tensor | None) -> torch.Tensor:
+        """x [M, K] and s of :meth:`low` -> y [M, N]."""
+        return gemm(x, self.weight, s, self.b if self.adapted else None, self.bias, transposed=True, layout=self.layout)
+
+    def low_backward(self, dy: torch.Tensor, s: torch.Tensor | None, chunks: Chunks):
+        """dy [M, N] -> (ds [M, columns], db or None in exact mode, where it is added to the sums), or (None, None) without an adapter."""
         if not self.adapted:
-            return (gemm(dy, self.weight, transposed=False) if needs_dx else None), None, None
+            return None, None
         sinks = self.sinks()
         db, ds = low_rank_gradients(dy, s, self.b, self.layout, chunks, None if sinks is None else sinks[1])
-        if not needs_dx:
-            return None, ds, db
-        dx = gemm(dy, self.weight, ds, self.a, transposed=False, dropout=dropout, layout=self.layout)
-        return dx, ds, db
+        return ds, db
+
+    def dx(self, dy: torch.Tensor, ds: torch.Tensor | None, dropout: Dropout | None) -> torch.Tensor:
+        """dy [M, N] and ds of :meth:`low_backward` -> dx [M, K]."""
+        return gemm(dy, self.weight, ds, self.a if self.adapted else None, transposed=False, dropout=dropout, layout=self.layout)
+
+    def backward(self, dy: torch.Tensor, s: torch.Tensor | None, dropout: Dropout | None, chunks: Chunks, needs_dx: bool = True):
+        """dy [M, N] -> (dx [M, K] or None, ds, db): ds and db go to :meth:`gradients`."""
+        ds, db = self.low_backward(dy, s, chunks)
+        return self.dx(dy, ds, dropout) if needs_dx else None, ds, db
 
     def gradients(
         self, x: torch.Tensor, ds: torch.Tensor | None, db: torch.Tensor | None, dropout: Dropout | None, chunks: Chunks
