@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from fastlora.kernels import gemm_specialized, hopper, launch
-from fastlora.kernels.gemm_specialized import WIDEST
+from fastlora.kernels.gemm_specialized import PARTS, WIDEST
 from fastlora.kernels.glu import activate
 from fastlora.kernels.hopper import (
     MISSING,
@@ -36,16 +36,7 @@ NAME = "GEMM with a gate"
 
 
 if MISSING is None:
-    from fastlora.kernels.gemm_specialized import (
-        claim,
-        lend,
-        lent,
-        load_block,
-        load_halves,
-        multiply_tile,
-        quarters,
-        tile_at,
-    )
+    from fastlora.kernels.gemm_specialized import claim, halves, load_block, load_halves, multiply_tile, put, tile_at
 
     # the same function, compiled for Gluon
     activate_here = gluon.jit(activate.fn)
@@ -79,18 +70,10 @@ if MISSING is None:
             for i_r in gl.static_range(0, R, BK):
                 load_pair(d_s, d_b, s_x, s_pair, full, empty, turn, m0, n0, i_r, F, BM, BN, BK, STAGES)
                 turn += 1
-            lend(full, empty, turn, STAGES)
-            turn += 1
-
-    @gluon.jit
-    def gated(b_g, b_u, ACTIVATION: gl.constexpr):
-        """act(b_g) * b_u, rounded as glu.py does."""
-        b_act, _ = activate_here(b_g.to(gl.float32), ACTIVATION)
-        return (b_act.to(b_g.dtype).to(gl.float32) * b_u.to(gl.float32)).to(b_g.dtype)
 
     @gluon.jit
     def multiply_forward(
-        HALF: gl.constexpr, d_y, d_h, s_x, s_w, s_parts, s_y, full, empty, num_m,
+        HALF: gl.constexpr, d_y, d_h, s_x, s_w, s_y, full, empty, num_m,
         F: gl.constexpr, K: gl.constexpr, R: gl.constexpr, ACTIVATION: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
         BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
     ):  # fmt: skip
@@ -101,27 +84,18 @@ if MISSING is None:
             i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
             m0 = i_m * BM + HALF * (BM // 2)
             b_acc, turn = multiply_tile(s_x, s_w, full, empty, turn, HALF, K, R, BM, BN, BK, STAGES, True)
-            n0 = i_n * (BN // 2)
-            b_g0, b_g1, b_u0, b_u1 = quarters(b_acc.to(d_y.dtype), BM // 2, BN)
-            buffer_g0, buffer_g1, buffer_u0, buffer_u1 = lent(s_x, s_parts, s_y, full, turn, HALF, BN, BK, STAGES)
-            buffer_h0 = s_y.index(2 + HALF)
-            buffer_g0.store(b_g0)
-            buffer_g1.store(b_g1)
-            buffer_u0.store(b_u0)
-            buffer_u1.store(b_u1)
-            fence_async_shared()
-            copy_out(d_y, [m0, F + n0 + BK], buffer_u1)
-            copy_out(d_y, [m0, F + n0], buffer_u0)
-            copy_out(d_y, [m0, n0 + BK], buffer_g1)
-            copy_out(d_y, [m0, n0], buffer_g0)
-            buffer_h0.store(gated(b_g0, b_u0, ACTIVATION))
-            b_h1 = gated(b_g1, b_u1, ACTIVATION)
-            tma.store_wait(3)  # the first of the four copies has read its buffer
-            buffer_u1.store(b_h1)
-            fence_async_shared()
-            copy_out(d_h, [m0, n0 + BK], buffer_u1)
-            copy_out(d_h, [m0, n0], buffer_h0)
-            turn += 1
+            b_gate, b_up = halves(b_acc, BM // 2, BN)
+            b_g0, b_g1 = halves(b_gate, BM // 2, BN // 2)
+            b_u0, b_u1 = halves(b_up, BM // 2, BN // 2)
+            for i_part in gl.static_range(2):
+                b_g = (b_g0 if i_part == 0 else b_g1).to(d_y.dtype)
+                b_u = (b_u0 if i_part == 0 else b_u1).to(d_y.dtype)
+                n1 = i_n * (BN // 2) + i_part * (BN // 4)
+                put(d_y, b_g, s_y.index(HALF * 2 + i_part % 2), m0, n1)
+                put(d_y, b_u, s_y.index(HALF * 2 + (i_part + 1) % 2), m0, F + n1)
+                b_act, _ = activate_here(b_g.to(gl.float32), ACTIVATION)
+                b_h = b_act.to(d_y.dtype).to(gl.float32) * b_u.to(gl.float32)
+                put(d_h, b_h, s_y.index(HALF * 2 + i_part % 2), m0, n1)
         tma.store_wait(0)
 
     @gluon.jit
@@ -162,9 +136,11 @@ if MISSING is None:
             i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
             m0 = i_m * BM + HALF * (BM // 2)
             b_acc, turn = multiply_tile(s_x, s_w, full, empty, turn, HALF, K, R, BM, BN, BK, STAGES, False)
-            b_parts = quarters(b_acc, BM // 2, BN)
+            b_left, b_right = halves(b_acc, BM // 2, BN)
+            b_0, b_1 = halves(b_left, BM // 2, BN // 2)
+            b_2, b_3 = halves(b_right, BM // 2, BN // 2)
             for i_part in gl.static_range(4):
-                b_part = b_parts[i_part]
+                b_part = b_0 if i_part == 0 else b_1 if i_part == 1 else b_2 if i_part == 2 else b_3
                 stage = turn % STAGES
                 mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
                 b_place, b_other = s_x.index(stage * 2 + HALF), s_parts.index(stage * (BN // BK) + HALF)
@@ -181,14 +157,15 @@ if MISSING is None:
                 b_hidden.store((b_act * b_u).to(d_h.dtype))
                 fence_async_shared()
                 n1 = i_n * BN + i_part * BK
-                copy_out(d_h, [m0, n1], b_hidden)
-                copy_out(d_dgu, [m0, F + n1], b_other)
                 copy_out(d_dgu, [m0, n1], b_place)
+                copy_out(d_dgu, [m0, F + n1], b_other)
+                copy_out(d_h, [m0, n1], b_hidden)
                 if i_part > 0:
                     tma.store_wait(3)  # those of the part before have been read
                     mbarrier.arrive(empty.index((turn + STAGES - 1) % STAGES))
                 turn += 1
-        tma.store_wait(0)
+            tma.store_wait(0)
+            mbarrier.arrive(empty.index((turn + STAGES - 1) % STAGES))
 
     @gluon.jit
     def ring(STAGES: gl.constexpr):
@@ -211,17 +188,16 @@ if MISSING is None:
         s_x = gl.allocate_shared_memory(d_x.dtype, [STAGES * 2, BM // 2, BK], d_x.layout)
         s_pair = gl.allocate_shared_memory(d_w.dtype, [STAGES * 2, BN // 2, BK], d_w.layout)
         s_w = s_pair._reinterpret(d_w.dtype, [STAGES, BN, BK], d_w.layout)
-        s_parts = s_pair._reinterpret(d_w.dtype, [STAGES * (BN // BK), BM // 2, BK], d_y.layout)
-        s_y = gl.allocate_shared_memory(d_y.dtype, [4, BM // 2, BK], d_y.layout)
+        s_y = gl.allocate_shared_memory(d_y.dtype, [4, BM // 2, BN // 4], d_y.layout)
         full, empty = ring(STAGES)
         num_m = (M + BM - 1) // BM
         gl.warp_specialize(
             [
                 (multiply_forward, (
-                    0, d_y, d_h, s_x, s_w, s_parts, s_y, full, empty, num_m, F, K, R, ACTIVATION, BM, BN, BK, STAGES, GROUP, PROGRAMS,
+                    0, d_y, d_h, s_x, s_w, s_y, full, empty, num_m, F, K, R, ACTIVATION, BM, BN, BK, STAGES, GROUP, PROGRAMS,
                 )),
                 (multiply_forward, (
-                    1, d_y, d_h, s_x, s_w, s_parts, s_y, full, empty, num_m, F, K, R, ACTIVATION, BM, BN, BK, STAGES, GROUP, PROGRAMS,
+                    1, d_y, d_h, s_x, s_w, s_y, full, empty, num_m, F, K, R, ACTIVATION, BM, BN, BK, STAGES, GROUP, PROGRAMS,
                 )),
                 (load_forward, (
                     d_x, d_w, d_s, d_b, s_x, s_pair, full, empty, num_m, F, K, R, BM, BN, BK, STAGES, GROUP, PROGRAMS,
@@ -242,8 +218,8 @@ if MISSING is None:
         s_x = gl.allocate_shared_memory(d_x.dtype, [STAGES * 2, BM // 2, BK], d_x.layout)
         s_w = gl.allocate_shared_memory(d_w.dtype, [STAGES, BK, BN], d_w.layout)
         # the same memory as blocks of BK features
-        s_parts = s_w._reinterpret(d_w.dtype, [STAGES * (BN // BK), BM // 2, BK], d_gu.layout)
-        s_y = gl.allocate_shared_memory(d_h.dtype, [4, BM // 2, BK], d_h.layout)
+        s_parts = s_w._reinterpret(d_w.dtype, [STAGES * (BN // BK), BK, BK], d_gu.layout)
+        s_y = gl.allocate_shared_memory(d_h.dtype, [4, BM // 2, BN // 4], d_h.layout)
         full, empty = ring(STAGES)
         num_m = (M + BM - 1) // BM
         gl.warp_specialize(
@@ -267,9 +243,9 @@ if MISSING is None:
 
 def blocks_of(tile, *, forward: bool) -> dict[str, tuple[int, int]]:
     """The block [rows, columns] of each descriptor of a kernel."""
-    x = (tile.bm // 2, tile.bk)
+    x, out = (tile.bm // 2, tile.bk), (tile.bm // 2, tile.bn // PARTS)
     w = (tile.bn // 2, tile.bk) if forward else (tile.bk, tile.bn)
-    return {"d_x": x, "d_w": w, "d_s": x, "d_b": w} | dict.fromkeys(("d_y", "d_h") if forward else ("d_gu", "d_dgu", "d_h"), x)
+    return {"d_x": x, "d_w": w, "d_s": x, "d_b": w} | ({"d_y": out, "d_h": out} if forward else {"d_gu": out, "d_dgu": out, "d_h": out})
 
 
 class _Plan(NamedTuple):

@@ -29,6 +29,8 @@ from fastlora.kernels.hopper import (
 )
 
 NAME = "GEMM"
+# Parts in which a warpgroup stores its columns: two buffers of a quarter are all the shared memory that four stages leave.
+PARTS = 4
 # Columns of the widest tile: a projection that begins at a multiple of it shares no tile of any width with another.
 WIDEST = 256
 
@@ -51,13 +53,6 @@ if MISSING is None:
         bar = full.index(stage)
         mbarrier.expect(bar, BYTES)
         return stage, bar
-
-    @gluon.jit
-    def lend(full, empty, turn, STAGES: gl.constexpr):
-        """Leave the ring's next place, once it is free, to the warpgroups: for what they store."""
-        stage = turn % STAGES
-        mbarrier.wait(empty.index(stage), ((turn // STAGES) & 1) ^ 1)
-        mbarrier.arrive(full.index(stage))
 
     @gluon.jit
     def load_halves(d_x, s_x, bar, stage, m0, i_k, BM: gl.constexpr):
@@ -106,8 +101,6 @@ if MISSING is None:
             for i_r in gl.static_range(0, R, BK):
                 load_block(d_s, d_b, s_x, s_w, full, empty, turn, i_m * BM, i_n * BN, r0 + i_r, BM, BN, BK, STAGES, TRANSPOSED)
                 turn += 1
-            lend(full, empty, turn, STAGES)
-            turn += 1
 
     @gluon.jit
     def add_block(
@@ -141,16 +134,11 @@ if MISSING is None:
         HALF: gl.constexpr, K: gl.constexpr, R: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
         TRANSPOSED: gl.constexpr,
     ):  # fmt: skip
-        """(sum over K, then over R, of a warpgroup's rows of a tile; the ring's turn after it). The tile before lent the place before this
-        turn for its stores; they have been read meanwhile, and it is free again."""
+        """(sum over K, then over R, of a warpgroup's rows of a tile; the ring's turn after it)."""
         layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
         b_acc = gl.zeros((BM // 2, BN), gl.float32, layout)
-        b_acc = add_block(b_acc, s_x, s_w, full, empty, turn, False, HALF, BK, BK, STAGES, TRANSPOSED)
-        tma.store_wait(0)
-        mbarrier.arrive(empty.index((turn + STAGES - 1) % STAGES), pred=turn > 0)
-        turn += 1
-        for _ in range(BK, K, BK):
-            b_acc = add_block(b_acc, s_x, s_w, full, empty, turn, True, HALF, BK, BK, STAGES, TRANSPOSED)
+        for i_k in range(0, K, BK):
+            b_acc = add_block(b_acc, s_x, s_w, full, empty, turn, i_k > 0, HALF, BK, BK, STAGES, TRANSPOSED)
             turn += 1
         for _ in gl.static_range(0, R, BK):
             # a block may hold more than R columns: a low rank pays for its own alone
@@ -161,25 +149,16 @@ if MISSING is None:
         return b_acc, turn
 
     @gluon.jit
-    def lent(s_x, s_parts, s_y, full, turn, HALF: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr):
-        """The BN / BK buffers [BM / 2, BK] by which a warpgroup's part of a tile leaves: those of the ring's next place, and s_y."""
-        stage = turn % STAGES
-        mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
-        parts: gl.constexpr = BN // BK
-        first = stage * parts + HALF * (parts // 2)
-        return s_x.index(stage * 2 + HALF), s_parts.index(first), s_parts.index(first + parts // 4), s_y.index(HALF)
-
-    @gluon.jit
-    def quarters(b_acc, HEIGHT: gl.constexpr, WIDTH: gl.constexpr):
-        """The four quarters of the columns."""
-        b_left, b_right = halves(b_acc, HEIGHT, WIDTH)
-        b_0, b_1 = halves(b_left, HEIGHT, WIDTH // 2)
-        b_2, b_3 = halves(b_right, HEIGHT, WIDTH // 2)
-        return b_0, b_1, b_2, b_3
+    def put(d_out, b_part, b_buffer, m, n):
+        """Round a part of a tile and start its copy to (m, n), through a buffer of which the store before the last one was the last."""
+        tma.store_wait(1)
+        b_buffer.store(b_part.to(d_out.dtype))
+        fence_async_shared()
+        copy_out(d_out, [m, n], b_buffer)
 
     @gluon.jit
     def multiply_tiles(
-        HALF: gl.constexpr, p_bias, d_y, s_x, s_w, s_parts, s_y, full, empty, num_m,
+        HALF: gl.constexpr, p_bias, d_y, s_x, s_w, s_y, full, empty, num_m,
         N: gl.constexpr, K: gl.constexpr, R: gl.constexpr, BIAS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
         STAGES: gl.constexpr, TRANSPOSED: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
     ):  # fmt: skip
@@ -194,23 +173,12 @@ if MISSING is None:
             if BIAS:
                 o_n = n0 + gl.arange(0, BN, gl.SliceLayout(0, b_acc.type.layout))
                 b_acc += gl.load(p_bias + o_n, mask=o_n < N, other=0.0).to(gl.float32)[None, :]
-            buffers = lent(s_x, s_parts, s_y, full, turn, HALF, BN, BK, STAGES)
-            b_acc = b_acc.to(d_y.dtype)
-            if BN == BK:
-                buffers[0].store(b_acc)
-            elif BN == 2 * BK:
-                b_left, b_right = halves(b_acc, BM // 2, BN)
-                buffers[0].store(b_left)
-                buffers[1].store(b_right)
-            else:
-                b_parts = quarters(b_acc, BM // 2, BN)
-                for i_part in gl.static_range(4):
-                    buffers[i_part].store(b_parts[i_part])
-            fence_async_shared()
-            for i_back in gl.static_range(1, BN // BK + 1):
-                # the last one first: the warpgroup's barrier before it, behind the fence, then serves all
-                copy_out(d_y, [m0, n0 + BN - i_back * BK], buffers[BN // BK - i_back])
-            turn += 1
+            b_left, b_right = halves(b_acc, BM // 2, BN)
+            b_0, b_1 = halves(b_left, BM // 2, BN // 2)
+            b_2, b_3 = halves(b_right, BM // 2, BN // 2)
+            for i_quarter in gl.static_range(4):
+                b_part = b_0 if i_quarter == 0 else b_1 if i_quarter == 1 else b_2 if i_quarter == 2 else b_3
+                put(d_y, b_part, s_y.index(HALF * 2 + i_quarter % 2), m0, n0 + i_quarter * (BN // 4))
         tma.store_wait(0)
 
     @gluon.jit(do_not_specialize=["M"])
@@ -227,9 +195,7 @@ if MISSING is None:
         projection) those of its own projection, the rest of b's rows being zeros."""
         s_x = gl.allocate_shared_memory(d_x.dtype, [STAGES * 2, BM // 2, BK], d_x.layout)
         s_w = gl.allocate_shared_memory(d_w.dtype, [STAGES, BN, BK] if TRANSPOSED else [STAGES, BK, BN], d_w.layout)
-        # the same memory as the blocks in which results leave, and what a place of the ring lacks for the widest tile
-        s_parts = s_w._reinterpret(d_w.dtype, [STAGES * (BN // BK), BM // 2, BK], d_y.layout)
-        s_y = gl.allocate_shared_memory(d_y.dtype, [2, BM // 2, BK], d_y.layout)
+        s_y = gl.allocate_shared_memory(d_y.dtype, [4, BM // 2, BN // 4], d_y.layout)
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(STAGES):
@@ -240,11 +206,11 @@ if MISSING is None:
         gl.warp_specialize(
             [
                 (multiply_tiles, (
-                    0, p_bias, d_y, s_x, s_w, s_parts, s_y, full, empty, num_m,
+                    0, p_bias, d_y, s_x, s_w, s_y, full, empty, num_m,
                     N, K, R, BIAS, BM, BN, BK, STAGES, TRANSPOSED, GROUP, PROGRAMS,
                 )),
                 (multiply_tiles, (
-                    1, p_bias, d_y, s_x, s_w, s_parts, s_y, full, empty, num_m,
+                    1, p_bias, d_y, s_x, s_w, s_y, full, empty, num_m,
                     N, K, R, BIAS, BM, BN, BK, STAGES, TRANSPOSED, GROUP, PROGRAMS,
                 )),
                 (load_tiles, (
@@ -260,7 +226,7 @@ if MISSING is None:
 def blocks_of(tile, *, transposed: bool) -> dict[str, tuple[int, int]]:
     """The block [rows, columns] of each descriptor of the kernel."""
     x, w = (tile.bm // 2, tile.bk), (tile.bn, tile.bk) if transposed else (tile.bk, tile.bn)
-    return {"d_x": x, "d_w": w, "d_s": x, "d_b": w, "d_y": x}
+    return {"d_x": x, "d_w": w, "d_s": x, "d_b": w, "d_y": (tile.bm // 2, tile.bn // PARTS)}
 
 
 def rank_columns(layout, stored: int, tile, *, transposed: bool) -> tuple[int, int, int]:
