@@ -157,9 +157,10 @@ if MISSING is None:
                 b_hidden.store((b_act * b_u).to(d_h.dtype))
                 fence_async_shared()
                 n1 = i_n * BN + i_part * BK
-                copy_out(d_dgu, [m0, n1], b_place)
-                copy_out(d_dgu, [m0, F + n1], b_other)
+                # the last one first: the warpgroup's barrier before it, behind the fence, then serves all
                 copy_out(d_h, [m0, n1], b_hidden)
+                copy_out(d_dgu, [m0, F + n1], b_other)
+                copy_out(d_dgu, [m0, n1], b_place)
                 if i_part > 0:
                     tma.store_wait(3)  # those of the part before have been read
                     mbarrier.arrive(empty.index((turn + STAGES - 1) % STAGES))
