@@ -191,19 +191,17 @@ def gemm(x, weight, s=None, b=None, bias=None, *, transposed, dropout=None, layo
     drop = launch.dropout_arguments(dropout, x)
     stored = 0 if s is None else s.shape[1]
     count = 0 if dropout is None else len(dropout.seeds)
-    made, describe = _plan(rows, inner, outer, stored, layout, transposed, bias is not None, count, x.dtype, x.device)
-    operands = x, weight, x if s is None else s, weight if b is None else b, x if bias is None else bias, out
-    if describe is not None:
-        operands = (one if of is None else of(one) for one, of in zip(operands, describe))
-    made(*operands, drop.tokens, rows, *drop.seeds, drop.threshold, drop.keep_scale)
+    made = _plan(rows, inner, outer, stored, layout, transposed, bias is not None, count, x.dtype, x.device)
+    made(
+        x, weight, x if s is None else s, weight if b is None else b, x if bias is None else bias, out,
+        drop.tokens, rows, *drop.seeds, drop.threshold, drop.keep_scale,
+    )  # fmt: skip
     return out
 
 
 @functools.lru_cache(maxsize=1024)  # rows differ from step to step
-def _plan(rows, inner, outer, stored, layout, transposed, biased, seeds, dtype, device):
-    """(launch, makers of descriptors in the order of the operands or None): what a product's shape decides.
-
-    ``stored``: the columns of s, 0 without it; ``seeds``: projections with a mask, 0 without dropout.
+def _plan(rows, inner, outer, stored, layout, transposed, biased, seeds, dtype, device) -> launch.Launch:
+    """What a product's shape decides. ``stored``: the columns of s, 0 without it; ``seeds``: projections with a mask, 0 without dropout.
     """
     arch, dropout = launch.arch_at(device), seeds > 0
     tma = launch.can_use_tma(arch, dtype, inner, outer)
@@ -219,7 +217,7 @@ def _plan(rows, inner, outer, stored, layout, transposed, biased, seeds, dtype, 
     tiles = launch.cdiv(rows, tile.bm) * launch.cdiv(outer, tile.bn)
     if not tma:
         constants |= dict(LR=max(stored, 1), PRECISION="ieee" if dtype == torch.float32 else "tf32")
-        return launch.Launch(gemm_kernel, (tiles,), tile, **constants), None
+        return launch.Launch(gemm_kernel, (tiles,), tile, **constants)
     store = stored_columns(tile, dropout)
 
     def of_rows(width, columns):
@@ -235,5 +233,5 @@ def _plan(rows, inner, outer, stored, layout, transposed, biased, seeds, dtype, 
         d_s, d_b = of_rows(stored, low_rank), across(stored, store if dropout else tile.bn, low_rank)
     programs = launch.persistent_programs(device)
     constants |= dict(PROGRAMS=programs, HALVES=tile.halves, FLATTEN=tile.flatten)
-    made = launch.Launch(gemm_tma_kernel, (min(programs, tiles),), tile, **constants)
-    return made, (d_x, d_w, d_s, d_b, None, of_rows(outer, store))
+    describe = d_x, d_w, d_s, d_b, None, of_rows(outer, store)
+    return launch.Launch(gemm_tma_kernel, (min(programs, tiles),), tile, describe, **constants)

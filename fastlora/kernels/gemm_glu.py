@@ -12,7 +12,6 @@ ring, behind the blocks of the product. Source: the epilogue fusion of CUTLASS 3
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 
@@ -249,13 +248,8 @@ def blocks_of(tile, *, forward: bool) -> dict[str, tuple[int, int]]:
     return {"d_x": x, "d_w": w, "d_s": x, "d_b": w} | ({"d_y": out, "d_h": out} if forward else {"d_gu": out, "d_dgu": out, "d_h": out})
 
 
-class _Plan(NamedTuple):
-    launch: launch.Launch
-    describe: tuple  # makers of the descriptors, in the kernel's order
-
-
 @functools.lru_cache(maxsize=1024)  # rows differ from step to step
-def plan(rows, inner, features, stored, layout, activation, forward, dtype, device) -> _Plan | None:
+def plan(rows, inner, features, stored, layout, activation, forward, dtype, device) -> launch.Launch | None:
     """What the shape decides, or None where the product and the gate are two kernels; ``features``: of the gate, F; ``stored``: columns of s,
     0 without it."""
     arch = launch.arch_at(device)
@@ -266,44 +260,49 @@ def plan(rows, inner, features, stored, layout, activation, forward, dtype, devi
     tile = launch.gemm_specialized_tile(rows, outer, programs)
     if tile.bn != WIDEST:
         return None  # few tokens: narrow tiles busy more multiprocessors, and the gate's pass is in the cache
-    rank = 0 if not stored else gemm_specialized.rank_columns(layout, stored, tile, transposed=False)[0]
+    rank = 0
+    if stored:
+        # a tile of the forward is of both projections: it takes the columns of both, where a product alone takes each one's
+        rank, apart = (gemm_specialized.rank_columns(layout, stored, tile, transposed=side)[0] for side in (False, True))
+        if forward and launch.cdiv(rank, tile.bk) > launch.cdiv(apart, tile.bk):
+            return None
     wide = {"d_x": inner, "d_w": inner if forward else features, "d_s": stored or inner, "d_h": features}
     wide["d_b"] = (stored if forward else features) if stored else wide["d_w"]
     wide["d_y"] = wide["d_gu"] = wide["d_dgu"] = 2 * features
+    made = (launch.describer(dtype, wide[name], *block, describe) for name, block in blocks_of(tile, forward=forward).items())
     tiles = launch.cdiv(rows, tile.bm) * launch.cdiv(outer, tile.bn)
-    made = launch.Launch(
-        gemm_glu_forward_kernel if forward else gemm_glu_backward_kernel, (min(programs, tiles),), tile,
+    return launch.Launch(
+        gemm_glu_forward_kernel if forward else gemm_glu_backward_kernel, (min(programs, tiles),), tile, tuple(made),
         F=features, K=inner, R=rank, ACTIVATION=activation, BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group,
         PROGRAMS=programs,
     )  # fmt: skip
-    blocks = blocks_of(tile, forward=forward)
-    return _Plan(made, tuple(launch.describer(dtype, wide[name], *block, describe) for name, block in blocks.items()))
 
 
-def _run(x, weight, s, b, layout, activation, features: int, *rest, forward: bool) -> bool:
-    """Launch a kernel with ``rest``, its last operands; False: other kernels have to."""
+def _plan_of(x, features: int, s, layout, activation, *, forward: bool) -> launch.Launch | None:
     rows, inner = x.shape
     if not rows or not hopper.compiles(NAME):
-        return False
-    stored = 0 if s is None else s.shape[1]
-    made = plan(rows, inner, features, stored, layout, activation, forward, x.dtype, x.device)
-    if made is None:
-        return False
-    operands = x, weight, x if s is None else s, weight if b is None else b, *rest
-    return attempt(NAME, made.launch, *(of(one) for of, one in zip(made.describe, operands)), rows)
+        return None
+    return plan(rows, inner, features, 0 if s is None else s.shape[1], layout, activation, forward, x.dtype, x.device)
 
 
 def forward(x, weight, s, b, layout, activation):
-    """(gate and up [M, 2 F], hidden [M, F]) of x [M, K] and weight [2 F, K], or None: arguments of :func:`fastlora.kernels.gemm.gemm` with
-    ``transposed``, activation of ``ops.glu.ACTIVATIONS``."""
-    rows, outer = x.shape[0], weight.shape[0]
-    out, hidden = x.new_empty((rows, outer)), x.new_empty((rows, outer // 2))
-    done = _run(x, weight, s, b, layout, activation, outer // 2, out, hidden, forward=True)
+    """(gate and up [M, 2 F], hidden [M, F]) of x [M, K] and weight [2 F, K], or None where other kernels have to: arguments of
+    :func:`fastlora.kernels.gemm.gemm` with ``transposed``, activation of ``ops.glu.ACTIVATIONS``."""
+    rows, features = x.shape[0], weight.shape[0] // 2
+    made = _plan_of(x, features, s, layout, activation, forward=True)
+    if made is None:
+        return None
+    out, hidden = x.new_empty((rows, 2 * features)), x.new_empty((rows, features))
+    done = attempt(NAME, made, x, weight, x if s is None else s, weight if b is None else b, out, hidden, rows)
     return (out, hidden) if done else None
 
 
 def backward(dz, weight, ds, a, layout, activation, gate_up):
     """(gradient of ``gate_up`` [M, 2 F], hidden [M, F], bit-equal to the forward's) of dz [M, K] and weight [K, F], or None."""
-    dgate_up, hidden = torch.empty_like(gate_up), gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
-    done = _run(dz, weight, ds, a, layout, activation, hidden.shape[1], gate_up, dgate_up, hidden, forward=False)
+    rows, features = gate_up.shape[0], gate_up.shape[1] // 2
+    made = _plan_of(dz, features, ds, layout, activation, forward=False)
+    if made is None:
+        return None
+    dgate_up, hidden = torch.empty_like(gate_up), gate_up.new_empty((rows, features))
+    done = attempt(NAME, made, dz, weight, dz if ds is None else ds, weight if a is None else a, gate_up, dgate_up, hidden, rows)
     return (dgate_up, hidden) if done else None

@@ -10,7 +10,6 @@ The rank-r product is one more block of the ring. Source: the warp-specialised p
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 from fastlora.kernels import hopper, launch
 from fastlora.kernels.hopper import (
@@ -33,6 +32,8 @@ NAME = "GEMM"
 PARTS = 4
 # Columns of the widest tile: a projection that begins at a multiple of it shares no tile of any width with another.
 WIDEST = 256
+# The kernel's tensors; all but the bias are described.
+OPERANDS = ("d_x", "d_w", "d_s", "d_b", "p_bias", "d_y")
 
 
 if MISSING is None:
@@ -242,13 +243,8 @@ def rank_columns(layout, stored: int, tile, *, transposed: bool) -> tuple[int, i
     return min(stored, launch.cdiv(layout.count * layout.padded, tile.bk) * tile.bk), 0, 0
 
 
-class _Plan(NamedTuple):
-    launch: launch.Launch
-    describe: tuple  # makers of the descriptors, in the kernel's order
-
-
 @functools.lru_cache(maxsize=1024)  # rows differ from step to step
-def plan(rows, inner, outer, stored, layout, transposed, biased, dtype, device) -> _Plan | None:
+def plan(rows, inner, outer, stored, layout, transposed, biased, dtype, device) -> launch.Launch | None:
     """What a product's shape decides, or None where another kernel computes it; ``stored``: the columns of s, 0 without it."""
     arch = launch.arch_at(device)
     if not (hopper.serves(arch) and launch.can_use_tma(arch, dtype, inner, outer)):
@@ -258,14 +254,13 @@ def plan(rows, inner, outer, stored, layout, transposed, biased, dtype, device) 
     rank, second, third = rank_columns(layout, stored, tile, transposed=transposed) if stored else (0, 0, 0)
     wide = {"d_x": inner, "d_w": inner if transposed else outer, "d_s": stored or inner, "d_y": outer}
     wide["d_b"] = (stored if transposed else outer) if stored else wide["d_w"]
-    blocks = blocks_of(tile, transposed=transposed)
+    made = {name: launch.describer(dtype, wide[name], *block, describe) for name, block in blocks_of(tile, transposed=transposed).items()}
     tiles = launch.cdiv(rows, tile.bm) * launch.cdiv(outer, tile.bn)
-    made = launch.Launch(
-        gemm_specialized_kernel, (min(programs, tiles),), tile,
+    return launch.Launch(
+        gemm_specialized_kernel, (min(programs, tiles),), tile, tuple(made.get(name) for name in OPERANDS),
         N=outer, K=inner, R=rank, SECOND=second, THIRD=third, TRANSPOSED=transposed, BIAS=biased,
         BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group, PROGRAMS=programs,
     )  # fmt: skip
-    return _Plan(made, tuple(launch.describer(dtype, wide[name], *block, describe) for name, block in blocks.items()))
 
 
 def run(x, weight, s, b, bias, out, *, transposed: bool, layout=None) -> bool:
@@ -277,8 +272,4 @@ def run(x, weight, s, b, bias, out, *, transposed: bool, layout=None) -> bool:
     made = plan(rows, inner, out.shape[1], stored, layout, transposed, bias is not None, x.dtype, x.device)
     if made is None:
         return False
-    d_x, d_w, d_s, d_b, d_y = made.describe
-    return attempt(
-        NAME, made.launch,
-        d_x(x), d_w(weight), d_s(x if s is None else s), d_b(weight if b is None else b), x if bias is None else bias, d_y(out), rows,
-    )  # fmt: skip
+    return attempt(NAME, made, x, weight, x if s is None else s, weight if b is None else b, x if bias is None else bias, out, rows)

@@ -11,6 +11,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastlora.kernels.direct import direct
 from fastlora.kernels.tables import (
     TMA_ARCHITECTURES,
     Tile,
@@ -140,23 +141,25 @@ def dropout_arguments(dropout: Dropout | None, filler: torch.Tensor) -> _Dropout
     return _DropoutArguments(True, dropout.tokens, seeds, dropout.threshold << 16, dropout.keep_scale)
 
 
-# (binary, constants in the kernel's order, the kernel: while it is held here, no other one can have its id)
+# (binary, constants in the kernel's order, how to start it directly or None, the kernel: while it is held here, no other one can have its id)
 _binaries: dict[tuple, tuple] = {}
 
 
 class Launch:
-    """A kernel with all that a shape decides: grid, tile and constants. It is called with the rest: pointers, descriptors, numbers.
+    """A kernel with all that a shape decides: grid, tile, makers of descriptors, constants. It is called with the rest: tensors, numbers.
 
-    Whoever keeps one calls it with tensors of the same dtypes on the same device each time. Everything that decides the binary is in the
-    constants, the arguments' dtypes and the device: pointers are 16-byte aligned and no integer is specialised on. So the compiled
-    kernel is looked up by them once and then launched directly, past the JIT's own argument inspection, which costs more than small
-    products take. FP fusion is said explicitly, because its default differs between Triton releases and it changes bits.
+    ``describe``: of the first arguments, tensors, how each becomes a descriptor (:func:`describer`); None: a pointer. Whoever keeps a launch
+    calls it with tensors of the same dtypes on the same device each time. Everything that decides the binary is in the constants, the
+    arguments' dtypes and the device: pointers are 16-byte aligned and no integer is specialised on. So the compiled kernel is looked up by
+    them once and then launched directly, past the JIT's own argument inspection, which costs more than small products take. FP fusion is
+    said explicitly, because its default differs between Triton releases and it changes bits.
     """
 
-    __slots__ = ("kernel", "grid", "tile", "constants", "_index", "_compiled", "_ordered")
+    __slots__ = ("kernel", "grid", "tile", "describe", "constants", "_index", "_compiled", "_ordered", "_direct")
 
-    def __init__(self, kernel, grid: tuple[int, ...], tile: Tile, **constants) -> None:
+    def __init__(self, kernel, grid: tuple[int, ...], tile: Tile, describe: tuple = (), **constants) -> None:
         self.kernel, self.grid, self.tile, self.constants = kernel, grid + (1,) * (3 - len(grid)), tile, constants
+        self.describe = describe
         self._compiled = None
 
     def __call__(self, *arguments) -> None:
@@ -168,12 +171,26 @@ class Launch:
         knobs, compiled = triton.knobs.runtime, self._compiled
         enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler listens
-            compiled[self.grid](*arguments, *self._ordered)
+            compiled[self.grid](*self._described(arguments), *self._ordered)
+            return
+        stream = triton.runtime.driver.active.get_current_stream(self._index)
+        if self._direct is not None:
+            self._direct(self.grid, stream, arguments, self.describe, self._ordered, self._refuse)
             return
         # of a tensor the launcher asks the driver whether its address is one of the device's; an address it takes as it is
-        addresses = [a if not isinstance(a, torch.Tensor) else a.data_ptr() if a.is_cuda else _refuse(self.kernel, a) for a in arguments]
-        stream = triton.runtime.driver.active.get_current_stream(self._index)
-        compiled.run(*self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *addresses, *self._ordered)
+        given = [self._address(a) if isinstance(a, torch.Tensor) else a for a in self._described(arguments)]
+        compiled.run(*self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *given, *self._ordered)
+
+    def _described(self, arguments: tuple) -> list:
+        makers = (*self.describe, *(None,) * (len(arguments) - len(self.describe)))
+        return [one if make is None else make(one) for one, make in zip(arguments, makers)]
+
+    def _address(self, tensor: torch.Tensor) -> int:
+        return tensor.data_ptr() if tensor.is_cuda else self._refuse(tensor)
+
+    def _refuse(self, tensor: torch.Tensor) -> int:
+        where = f"an argument of shape {tuple(tensor.shape)} is on {tensor.device}"
+        raise ValueError(f"{self.kernel.__name__}: {where}; allowed: the GPU of the others")
 
     def _known(self, arguments: tuple) -> bool:
         """Whether this device is the current one and the binary is there: it is then looked up."""
@@ -182,7 +199,7 @@ class Launch:
         if known is None or torch.cuda.current_device() != index:
             return False
         # the binary last: another thread may look meanwhile
-        self._index, self._ordered = index, known[1]
+        self._index, self._ordered, self._direct = index, known[1], known[2]
         self._compiled = known[0]
         return True
 
@@ -194,24 +211,20 @@ class Launch:
 
     def _by_jit(self, arguments: tuple) -> None:
         """Launch as Triton does, which compiles what is not compiled; the binary is kept."""
-        first = _first(arguments)
+        first, given = _first(arguments), self._described(arguments)
         options = {"num_warps": self.tile.warps, "num_stages": self.tile.stages, "enable_fp_fusion": self.tile.fusion}
         if not first.is_cuda:
-            self.kernel[self.grid](*arguments, **self.constants, **options)
+            self.kernel[self.grid](*given, **self.constants, **options)
             return
         with torch.cuda.device(first.device):
-            compiled = self.kernel[self.grid](*arguments, **self.constants, **options)
+            compiled = self.kernel[self.grid](*given, **self.constants, **options)
         ordered = tuple(self.constants[name] for name in self.kernel.arg_names[len(arguments) :])
-        _binaries[self._key(arguments)] = compiled, ordered, self.kernel
+        _binaries[self._key(arguments)] = compiled, ordered, direct(compiled), self.kernel
 
 
 def _first(arguments: tuple) -> torch.Tensor:
     """The first argument, or the tensor it describes."""
     return arguments[0] if isinstance(arguments[0], torch.Tensor) else arguments[0].base
-
-
-def _refuse(kernel, tensor: torch.Tensor) -> int:
-    raise ValueError(f"{kernel.__name__}: an argument of shape {tuple(tensor.shape)} is on {tensor.device}; allowed: the GPU of the others")
 
 
 def run(kernel, grid: tuple[int, ...], tile: Tile, *arguments, **constants) -> None:

@@ -68,7 +68,7 @@ def test_blocks_are_what_the_kernel_was_written_for(call):
     seen = {}
 
     def launched(self, *arguments):
-        blocks = [list(a.block_shape) for a in arguments if hasattr(a, "block_shape")]
+        blocks = [list(a.block_shape) for a in self._described(arguments) if hasattr(a, "block_shape")]
         seen.update(kernel=self.kernel, grid=self.grid, blocks=blocks, **self.constants)
 
     assert call(launched) is True
