@@ -28,31 +28,43 @@ class Direct:
     def __init__(self, start: Callable, function, head: tuple, metas: list, encode: Callable) -> None:
         self.start, self.function, self.head, self.metas, self.encode = start, function, head, metas, encode
         self._kept: dict[tuple, list] = {}
+        self._places: tuple[list, list] | None = None
 
     def __call__(self, grid: tuple[int, int, int], stream, arguments: tuple, describe: tuple, constants: tuple, refuse: Callable) -> None:
         """Launch. ``describe``: makers of descriptors for the first arguments, None for a pointer; ``refuse`` is called with a tensor that
-        is not on a GPU."""
-        given, described, number = [], len(describe), 0
-        for place, argument in enumerate(arguments):
-            if place < described and describe[place] is not None:
-                key = (number, argument.data_ptr(), argument.shape[0], argument.stride(0))
-                found = self._kept.get(key)
-                if found is None:
-                    if not argument.is_cuda:
-                        refuse(argument)
-                    if len(self._kept) >= MOST_KEPT:
-                        self._kept.clear()
-                    found = self._kept[key] = self.encode(describe[place](argument), self.metas[number])
-                given += found
-                number += 1
-            elif isinstance(argument, torch.Tensor):
-                given.append(argument.data_ptr() if argument.is_cuda else refuse(argument))
-            elif hasattr(argument, "block_shape"):
-                given += self.encode(argument, self.metas[number])
-                number += 1
-            else:
-                given.append(argument)
+        is not on a GPU. The kinds of the arguments are those of the first call."""
+        if self._places is None:
+            self._places = self._look(arguments, describe)
+        pointers, descriptors = self._places
+        given = list(arguments)
+        for place in pointers:
+            tensor = given[place]
+            given[place] = tensor.data_ptr() if tensor.is_cuda else refuse(tensor)
+        for place, meta in descriptors:  # from the last on: each becomes several arguments
+            one = given[place]
+            make = describe[place] if place < len(describe) else None
+            if make is None:
+                given[place : place + 1] = self.encode(one, meta)
+                continue
+            key = (make, one.data_ptr(), one.shape[0], one.stride(0))
+            found = self._kept.get(key)
+            if found is None:
+                found = self._encoded(key, one if one.is_cuda else refuse(one), meta, make)
+            given[place : place + 1] = found
         self.start(*grid, stream, self.function, *self.head, *given, *constants)
+
+    def _look(self, arguments: tuple, describe: tuple) -> tuple[list, list]:
+        """(places of pointers, (place, meta) of descriptors from the last on)."""
+        made = {i for i, make in enumerate(describe) if make is not None}
+        described = [i for i, one in enumerate(arguments) if i in made or hasattr(one, "block_shape")]
+        pointers = [i for i, one in enumerate(arguments) if i not in described and isinstance(one, torch.Tensor)]
+        return pointers, [*zip(described, self.metas, strict=True)][::-1]
+
+    def _encoded(self, key: tuple, tensor: torch.Tensor, meta, make: Callable) -> list:
+        if len(self._kept) >= MOST_KEPT:
+            self._kept.clear()
+        found = self._kept[key] = self.encode(make(tensor), meta)
+        return found
 
 
 def direct(compiled) -> Direct | None:

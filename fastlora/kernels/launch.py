@@ -141,6 +141,9 @@ def dropout_arguments(dropout: Dropout | None, filler: torch.Tensor) -> _Dropout
     return _DropoutArguments(True, dropout.tokens, seeds, dropout.threshold << 16, dropout.keep_scale)
 
 
+# torch.cuda.current_device without its look whether CUDA was started: a kept launch has been launched
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
 # (binary, constants in the kernel's order, how to start it directly or None, the kernel: while it is held here, no other one can have its id)
 _binaries: dict[tuple, tuple] = {}
 
@@ -164,7 +167,7 @@ class Launch:
 
     def __call__(self, *arguments) -> None:
         """Launch on the device of the first argument, on its current stream."""
-        if (self._compiled is None or torch.cuda.current_device() != self._index) and not self._known(arguments):
+        if (self._compiled is None or _current_device() != self._index) and not self._known(arguments):
             self._by_jit(arguments)
             return
         # what compiled[grid](...) does, without the closure it makes each time

@@ -153,6 +153,7 @@ def test_a_kept_launch_starts_directly_where_it_can(encoded, monkeypatch):
 
     monkeypatch.setattr(launch, "_binaries", {})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(launch, "_current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda device: pytest.MonkeyPatch.context())
     stand_in = types.SimpleNamespace(active=types.SimpleNamespace(get_current_stream=lambda index: f"stream of {index}"))
     monkeypatch.setattr(triton.runtime, "driver", stand_in)

@@ -44,6 +44,7 @@ class OnGpu(torch.Tensor):
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(launch, "_current_device", lambda: 0)
     monkeypatch.setattr(launch, "_binaries", {})
     stand_in = types.SimpleNamespace(active=types.SimpleNamespace(get_current_stream=lambda index: f"stream of {index}"))
     monkeypatch.setattr(triton.runtime, "driver", stand_in)
