@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from fastlora.kernels import attention_specialized, attention_specialized_keys, gemm_specialized, hopper, tables
+from fastlora.kernels import (
+    attention_specialized,
+    attention_specialized_keys,
+    gemm_glu,
+    gemm_specialized,
+    hopper,
+    tables,
+)
 
 ATTENTION = {
     "attention_forward_specialized": (attention_specialized, "forward_specialized_kernel"),
@@ -13,7 +20,9 @@ ATTENTION = {
 }
 # The GEMM by the width of its tile; the widest is the one that big products take.
 GEMM = {f"gemm_specialized{'' if tile.bn == gemm_specialized.WIDEST else f'_{tile.bn}'}": tile for tile in tables.GEMM_SPECIALIZED}
-OPERATIONS = (*GEMM, *ATTENTION)
+# The products with a gate in their epilogue, by its activation; ``outer`` is the gate's width.
+GLU = {f"gemm_glu_{activation}": activation for activation in ("silu", "gelu", "gelu_tanh")}
+OPERATIONS = (*GEMM, *GLU, *ATTENTION)
 
 
 def build_arguments(case, element: str, layout):
@@ -25,6 +34,8 @@ def build_arguments(case, element: str, layout):
 
     if case.operation in ATTENTION:
         return _attention(case, element, block)
+    if case.operation in GLU:
+        return _glu(case, block, layout)
     n, k = (case.outer, case.inner) if case.transposed else (case.inner, case.outer)
     tile = GEMM[case.operation]
     rank, second, third = gemm_specialized.rank_columns(layout, layout.columns, tile, transposed=case.transposed)
@@ -35,6 +46,19 @@ def build_arguments(case, element: str, layout):
         BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group, PROGRAMS=132,
     )  # fmt: skip
     return gemm_specialized.gemm_specialized_kernel, tile, signature, constants
+
+
+def _glu(case, block, layout):
+    """The forward where ``transposed``, gate and up with an adapter each; else the backward."""
+    tile = tables.GEMM_SPECIALIZED[-1]
+    kernel = gemm_glu.gemm_glu_forward_kernel if case.transposed else gemm_glu.gemm_glu_backward_kernel
+    rank, _, _ = gemm_specialized.rank_columns(layout, layout.columns, tile, transposed=False)
+    signature = {which: block(*size) for which, size in gemm_glu.blocks_of(tile, forward=case.transposed).items()} | {"M": "i32"}
+    constants = dict(
+        F=case.outer, K=case.inner, R=rank, ACTIVATION=GLU[case.operation], BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages,
+        GROUP=tile.group, PROGRAMS=132,
+    )  # fmt: skip
+    return kernel, tile, signature, constants
 
 
 def _attention(case, element: str, block):
@@ -51,8 +75,8 @@ def _attention(case, element: str, block):
 
 
 def all_cases(make) -> list:
-    """The GEMM in both directions at the ranks of the other kernels, an edge, two steps of K, and fp16 with a bias; attention at its head
-    widths; ``make`` is the gate's Case."""
+    """The GEMM in both directions at the ranks of the other kernels, an edge, two steps of K, and fp16 with a bias; with each gate, in both
+    directions; attention at its head widths; ``make`` is the gate's Case."""
     cases = [make("gemm_specialized", "sm_90", rank=rank, transposed=side) for rank in (16, 64, 256) for side in (True, False)]
     cases += [
         make("gemm_specialized", "sm_90", outer=1000, inner=1160), make("gemm_specialized", "sm_90", rank=64, inner=128),
@@ -60,6 +84,9 @@ def all_cases(make) -> list:
         make("gemm_specialized", "sm_90", rank=64, outer=6144, count=3, transposed=False),
     ]  # fmt: skip
     cases += [make(narrow, "sm_90", transposed=side) for narrow in GEMM if narrow != "gemm_specialized" for side in (True, False)]
+    cases += [make("gemm_glu_silu", "sm_90", outer=14336, rank=rank, transposed=side) for rank in (16, 128) for side in (True, False)]
+    cases += [make("gemm_glu_silu", "sm_90", outer=14336, count=2), make("gemm_glu_silu", "sm_90", torch.float16, outer=14336, transposed=False)]
+    cases += [make(gated, "sm_90", outer=14336, transposed=side) for gated in GLU if gated != "gemm_glu_silu" for side in (True, False)]
     heads = attention_specialized.HEADS_WIDE
     cases += [make(op, "sm_90", outer=head, inner=0) for op in ATTENTION for head in heads]
     return cases + [make(op, "sm_90", torch.float16, outer=heads[-1], inner=0) for op in ATTENTION]

@@ -83,12 +83,12 @@ if MISSING is None:
             i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
             m0 = i_m * BM + HALF * (BM // 2)
             b_acc, turn = multiply_tile(s_x, s_w, full, empty, turn, HALF, K, R, BM, BN, BK, STAGES, True)
-            b_gate, b_up = halves(b_acc, BM // 2, BN)
+            b_gate, b_up = halves(b_acc.to(d_y.dtype), BM // 2, BN)
             b_g0, b_g1 = halves(b_gate, BM // 2, BN // 2)
             b_u0, b_u1 = halves(b_up, BM // 2, BN // 2)
             for i_part in gl.static_range(2):
-                b_g = (b_g0 if i_part == 0 else b_g1).to(d_y.dtype)
-                b_u = (b_u0 if i_part == 0 else b_u1).to(d_y.dtype)
+                b_g = b_g0 if i_part == 0 else b_g1
+                b_u = b_u0 if i_part == 0 else b_u1
                 n1 = i_n * (BN // 2) + i_part * (BN // 4)
                 put(d_y, b_g, s_y.index(HALF * 2 + i_part % 2), m0, n1)
                 put(d_y, b_u, s_y.index(HALF * 2 + (i_part + 1) % 2), m0, F + n1)

@@ -42,11 +42,12 @@ ROWS = [
     )
 ]  # fmt: skip
 CHOSEN += [
-    Case("gemm", "sm_90", outer=6144, count=3), Case("da", "sm_90", outer=6144, count=3), Case("db_ds", "sm_89", outer=6144, count=3),
+    Case("da", "sm_90", outer=6144, count=3), Case("db_ds", "sm_89", outer=6144, count=3),
 ]  # fmt: skip
 CHOSEN += [Case("factors", "sm_90", rank=20, outer=576)]
 CHOSEN += [Case("gemm_specialized", "sm_90", transposed=side) for side in (True, False)]
-CHOSEN += [Case(narrow, "sm_90") for narrow in gate_specialized.GEMM if narrow != "gemm_specialized"]
+CHOSEN += [Case("gemm_glu_silu", "sm_90", outer=14336, transposed=side) for side in (True, False)]
+CHOSEN += [Case(min(gate_specialized.GEMM, key=lambda name: gate_specialized.GEMM[name].bn), "sm_90")]
 CHOSEN += [Case(operation, "sm_90", outer=128, inner=0) for operation in gate_specialized.ATTENTION]
 CHOSEN += [*ROWS, Case("norm_backward", "sm_89", torch.float32, outer=16384, inner=0)]
 
@@ -76,7 +77,7 @@ def test_a_step_waits_for_its_own_copies_alone(operation):
 
 @pytest.mark.parametrize("operation", gate_specialized.OPERATIONS)
 def test_the_specialised_kernels_move_registers_to_the_warps_that_multiply(operation):
-    case = Case(operation, "sm_90") if operation in gate_specialized.GEMM else Case(operation, "sm_90", outer=128, inner=0)
+    case = Case(operation, "sm_90", outer=128, inner=0) if operation in gate_specialized.ATTENTION else Case(operation, "sm_90")
     compiled, _ = compile_case(case)
     given = set(re.findall(r"setmaxnreg\.(?:inc|dec)\.sync\.aligned\.u32\s+(\d+)", compiled.asm["ptx"]))
     assert {"240", "24"} <= given
