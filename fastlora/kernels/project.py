@@ -29,8 +29,9 @@ def project_kernel(
     columns; p_scale fp32 [LR]. Under dropout C columns are those of one projection.
 
     A program reads the first F0 features, or with F1 > 0 those of its projection: F0 from START0 on, and so on, of a fourth none."""
-    i_m = tl.program_id(0).to(tl.int64)
-    i_p = tl.program_id(1)
+    # projections first: where they share p_x, it is read once from memory
+    i_p = tl.program_id(0)
+    i_m = tl.program_id(1).to(tl.int64)
     o_m = i_m * BM + tl.arange(0, BM)
     o_c = i_p * C + tl.arange(0, C)
     m_m = o_m < M
@@ -92,7 +93,7 @@ def _plan(rows, features, layout, transposed, dropout, dtype, device):
     starts, widths = starts_and_widths(layout.ranges if apart else ((0, features),))
     tile = launch.project_tile(launch.arch_at(device), dtype, columns, apart=apart)
     made = launch.Launch(
-        project_kernel, (launch.cdiv(rows, tile.bm), total // columns), tile,
+        project_kernel, (total // columns, launch.cdiv(rows, tile.bm)), tile,
         LD=features, LR=total, W_R=1 if transposed else features, W_F=total if transposed else 1,
         START0=starts[0], START1=starts[1], START2=starts[2], F0=widths[0], F1=widths[1], F2=widths[2],
         DROPOUT=dropout, PRECISION="ieee" if dtype == torch.float32 else "tf32", BM=tile.bm, BF=tile.bk, C=columns,

@@ -40,12 +40,13 @@ def token_sum_kernel(
     """p_wide [M, LD]; p_narrow [M, LR]: projection p owns columns p R to p R + RANK.
 
     Features come in up to three ranges [START, START + F), in blocks that cross none. A program serves PER projections in C >= PER R
-    columns: with PER = 1 that of the feature range (dB), or that of the grid's third axis (dA of one at a time).
+    columns: with PER = 1 that of the feature range (dB), or that of the grid's first axis (dA of one at a time).
     p_out element (feature, column c of projection p) at feature * OUT_F + (p RANK + c) * OUT_R, in dB at feature * OUT_F + c * OUT_R;
     p_stats int64 [projections, 4]; p_b element (feature, c) at feature * B_LD + p R + c; p_ds fp32 [blocks, M, R].
     p_table int32 [2, units + 2], p_ends int8 [units + 1]: see :class:`fastlora.kernels.chunks.Chunks`. RANK <= R is the rank without padding."""
-    i_run = tl.program_id(0)
-    i_block = tl.program_id(1)
+    # projections that share p_wide come first: their programs run beside each other and read it from the cache
+    i_run = tl.program_id(1)
+    i_block = tl.program_id(2)
     in0: tl.constexpr = (F0 + BF - 1) // BF
     in1: tl.constexpr = (F1 + BF - 1) // BF
     if F1 > 0:
@@ -54,7 +55,7 @@ def token_sum_kernel(
         width = tl.where(i_p == 0, F0, tl.where(i_p == 1, F1, F2))
         i_f = i_block - tl.where(i_p == 0, 0, tl.where(i_p == 1, in0, in0 + in1))
     else:
-        i_p = tl.program_id(2)
+        i_p = tl.program_id(0)
         start = START0
         width = F0
         i_f = i_block
@@ -207,7 +208,7 @@ def _plan(
     depth = layout.count if not feature_major and per == 1 else 1
     starts, widths = starts_and_widths(ranges)
     made = launch.Launch(
-        token_sum_kernel, (runs, blocks, depth), tile,
+        token_sum_kernel, (depth, runs, blocks), tile,
         LD=features, LR=layout.columns, B_LD=layout.columns, R=layout.padded, RANK=layout.rank, PER=per, C=columns,
         START0=starts[0], START1=starts[1], START2=starts[2], F0=widths[0], F1=widths[1], F2=widths[2],
         OUT_F=layout.rank if feature_major else 1, OUT_R=1 if feature_major else features, OUT_SIZE=shape[0] * shape[1],
