@@ -1,7 +1,7 @@
 """Dropout without a state: a mask from a counter, the same on every device and for every split.
 
     counter = (token low, token high, feature // 8, 0)
-    word    = Philox4x32-10(key = seed, counter)[(feature % 8) // 2]
+    word    = Philox4x32-7(key = seed, counter)[(feature % 8) // 2]
     half    = word & 0xFFFF for an even feature, word >> 16 for an odd one
     t       = round(p * 2^16)
     keep    = half >= t                        D(x) = x * keep * (2^16 / (2^16 - t))
@@ -29,7 +29,7 @@ from fastlora.stream import splitmix64
 _LOW = 0xFFFFFFFF
 _MULTIPLY = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
+_ROUNDS = 7
 ALLOWED = "0, or from 2^-16 to 1 - 2^-16 (it is rounded to a multiple of 2^-16)"
 
 
@@ -81,7 +81,7 @@ def check_probability(p: float) -> None:
 
 
 def philox(key: tuple[int, int], counter: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Philox4x32-10 on int64 tensors that hold uint32 values; the four counters broadcast against
+    """Philox4x32-7 on int64 tensors that hold uint32 values; the four counters broadcast against
     each other.
 
     Returns four int64 tensors of uint32 values.

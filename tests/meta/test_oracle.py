@@ -77,23 +77,24 @@ def test_adamw_oracle_agrees_with_torch_in_float64():
 
 
 @pytest.mark.parametrize(
-    ("counter", "key", "words"),
+    ("counter", "key", "rounds", "words"),
     [
-        ([0] * 4, (0, 0), [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0] * 4, (0, 0), 10, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0] * 4, (0, 0), 7, [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]),
+        ([0xFFFFFFFF] * 4, (0xFFFFFFFF, 0xFFFFFFFF), 10, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        ([0xFFFFFFFF] * 4, (0xFFFFFFFF, 0xFFFFFFFF), 7, [0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662]),
         (
-            [0xFFFFFFFF] * 4,
-            (0xFFFFFFFF, 0xFFFFFFFF),
-            [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD],
-        ),
-        (
-            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
-            (0xA4093822, 0x299F31D0),
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], (0xA4093822, 0x299F31D0), 10,
             [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
         ),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], (0xA4093822, 0x299F31D0), 7,
+            [0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A],
+        ),
     ],
-)
-def test_philox4x32_gives_the_known_answers(counter, key, words):
-    got = philox4x32(np.array([counter], dtype=np.uint64), key)
+)  # fmt: skip
+def test_philox4x32_gives_the_known_answers(counter, key, rounds, words):
+    got = philox4x32(np.array([counter], dtype=np.uint64), key, rounds)
     assert got[0].tolist() == words
 
 

@@ -1,4 +1,4 @@
-"""Counter-based dropout masks: Philox4x32-10 in numpy, written from the paper.
+"""Counter-based dropout masks: Philox4x32-7 in numpy, written from the paper.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The
 known-answer vectors of its Random123 distribution are in ``tests/meta/test_oracle.py``.
@@ -15,7 +15,7 @@ _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 
 
-def philox4x32(counter: np.ndarray, key: tuple[int, int], rounds: int = 10) -> np.ndarray:
+def philox4x32(counter: np.ndarray, key: tuple[int, int], rounds: int = 7) -> np.ndarray:
     """Four uint32 words (in uint64) for each counter; ``counter`` is [..., 4], below 2**32."""
     c0, c1, c2, c3 = (counter[..., i].astype(np.uint64) for i in range(4))
     k0, k1 = key
