@@ -35,7 +35,16 @@ NAME = "GEMM with a gate"
 
 
 if MISSING is None:
-    from fastlora.kernels.gemm_specialized import claim, halves, load_block, load_halves, multiply_tile, put, tile_at
+    from fastlora.kernels.gemm_specialized import (
+        claim,
+        load_block,
+        load_halves,
+        multiply_tile,
+        put,
+        quarters,
+        ring,
+        tile_at,
+    )
 
     # the same function, compiled for Gluon
     activate_here = gluon.jit(activate.fn)
@@ -83,12 +92,9 @@ if MISSING is None:
             i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
             m0 = i_m * BM + HALF * (BM // 2)
             b_acc, turn = multiply_tile(s_x, s_w, full, empty, turn, HALF, K, R, BM, BN, BK, STAGES, True)
-            b_gate, b_up = halves(b_acc.to(d_y.dtype), BM // 2, BN)
-            b_g0, b_g1 = halves(b_gate, BM // 2, BN // 2)
-            b_u0, b_u1 = halves(b_up, BM // 2, BN // 2)
+            b_parts = quarters(b_acc.to(d_y.dtype), BM // 2, BN)  # two of the gate, two of up
             for i_part in gl.static_range(2):
-                b_g = b_g0 if i_part == 0 else b_g1
-                b_u = b_u0 if i_part == 0 else b_u1
+                b_g, b_u = b_parts[i_part], b_parts[i_part + 2]
                 n1 = i_n * (BN // 2) + i_part * (BN // 4)
                 put(d_y, b_g, s_y.index(HALF * 2 + i_part % 2), m0, n1)
                 put(d_y, b_u, s_y.index(HALF * 2 + (i_part + 1) % 2), m0, F + n1)
@@ -135,11 +141,9 @@ if MISSING is None:
             i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
             m0 = i_m * BM + HALF * (BM // 2)
             b_acc, turn = multiply_tile(s_x, s_w, full, empty, turn, HALF, K, R, BM, BN, BK, STAGES, False)
-            b_left, b_right = halves(b_acc, BM // 2, BN)
-            b_0, b_1 = halves(b_left, BM // 2, BN // 2)
-            b_2, b_3 = halves(b_right, BM // 2, BN // 2)
+            b_parts = quarters(b_acc, BM // 2, BN)
             for i_part in gl.static_range(4):
-                b_part = b_0 if i_part == 0 else b_1 if i_part == 1 else b_2 if i_part == 2 else b_3
+                b_part = b_parts[i_part]
                 stage = turn % STAGES
                 mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
                 b_place, b_other = s_x.index(stage * 2 + HALF), s_parts.index(stage * (BN // BK) + HALF)
@@ -166,16 +170,6 @@ if MISSING is None:
                 turn += 1
             tma.store_wait(0)
             mbarrier.arrive(empty.index((turn + STAGES - 1) % STAGES))
-
-    @gluon.jit
-    def ring(STAGES: gl.constexpr):
-        """(barriers of filled places, of emptied ones: by one arrival a warpgroup)."""
-        full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(STAGES):
-            mbarrier.init(full.index(i), count=1)
-            mbarrier.init(empty.index(i), count=2)
-        return full, empty
 
     @gluon.jit(do_not_specialize=["M"])
     def gemm_glu_forward_kernel(

@@ -47,6 +47,16 @@ if MISSING is None:
         return first + (tile % in_group) % size, (tile % in_group) // size
 
     @gluon.jit
+    def ring(STAGES: gl.constexpr):
+        """(barriers of filled places, of emptied ones: by one arrival a warpgroup)."""
+        full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(STAGES):
+            mbarrier.init(full.index(i), count=1)
+            mbarrier.init(empty.index(i), count=2)
+        return full, empty
+
+    @gluon.jit
     def claim(full, empty, turn, BYTES: gl.constexpr, STAGES: gl.constexpr):
         """(number, barrier) of the ring's next place, once it is free: BYTES are then expected there."""
         stage = turn % STAGES
@@ -130,6 +140,14 @@ if MISSING is None:
         return gl.split(gl.permute(gl.reshape(b_acc, (HEIGHT, 2, WIDTH // 2)), (0, 2, 1)))
 
     @gluon.jit
+    def quarters(b_acc, HEIGHT: gl.constexpr, WIDTH: gl.constexpr):
+        """The four quarters of the columns, from the left."""
+        b_left, b_right = halves(b_acc, HEIGHT, WIDTH)
+        b_0, b_1 = halves(b_left, HEIGHT, WIDTH // 2)
+        b_2, b_3 = halves(b_right, HEIGHT, WIDTH // 2)
+        return b_0, b_1, b_2, b_3
+
+    @gluon.jit
     def multiply_tile(
         s_x, s_w, full, empty, turn,
         HALF: gl.constexpr, K: gl.constexpr, R: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
@@ -174,12 +192,9 @@ if MISSING is None:
             if BIAS:
                 o_n = n0 + gl.arange(0, BN, gl.SliceLayout(0, b_acc.type.layout))
                 b_acc += gl.load(p_bias + o_n, mask=o_n < N, other=0.0).to(gl.float32)[None, :]
-            b_left, b_right = halves(b_acc, BM // 2, BN)
-            b_0, b_1 = halves(b_left, BM // 2, BN // 2)
-            b_2, b_3 = halves(b_right, BM // 2, BN // 2)
+            b_parts = quarters(b_acc, BM // 2, BN)
             for i_quarter in gl.static_range(4):
-                b_part = b_0 if i_quarter == 0 else b_1 if i_quarter == 1 else b_2 if i_quarter == 2 else b_3
-                put(d_y, b_part, s_y.index(HALF * 2 + i_quarter % 2), m0, n0 + i_quarter * (BN // 4))
+                put(d_y, b_parts[i_quarter], s_y.index(HALF * 2 + i_quarter % 2), m0, n0 + i_quarter * (BN // 4))
         tma.store_wait(0)
 
     @gluon.jit(do_not_specialize=["M"])
@@ -197,11 +212,7 @@ if MISSING is None:
         s_x = gl.allocate_shared_memory(d_x.dtype, [STAGES * 2, BM // 2, BK], d_x.layout)
         s_w = gl.allocate_shared_memory(d_w.dtype, [STAGES, BN, BK] if TRANSPOSED else [STAGES, BK, BN], d_w.layout)
         s_y = gl.allocate_shared_memory(d_y.dtype, [4, BM // 2, BN // 4], d_y.layout)
-        full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(STAGES):
-            mbarrier.init(full.index(i), count=1)
-            mbarrier.init(empty.index(i), count=2)  # one arrival a warpgroup
+        full, empty = ring(STAGES)
         num_m = (M + BM - 1) // BM
         # Registers: 240 a thread for the two that multiply (128 of them the sum), 24 for the one that loads.
         gl.warp_specialize(
