@@ -159,6 +159,8 @@ SPILLS_ALLOWED = {
     # addresses, read before and after the walk: dK and dV leave no register free (bytes with Triton 3.6: 32, measured at 0.59 ms for 32 heads
     # of 128 and 8,192 tokens, H200; 3.8: 40; 3.9, which holds addresses in each thread: 192, some read in the walk)
     ("attention_dkv_specialized", "sm_90", 128): 192,
+    # with Triton 3.8 alone, once a tile, after its product: it computes the exponentials of both parts at once
+    **dict.fromkeys([(f"gemm_glu_{act}", "sm_90", 14336) for act in ("silu", "gelu_tanh")], 72 if triton.__version__.startswith("3.8.") else 0),
 }
 
 

@@ -28,6 +28,7 @@ from fastlora.kernels.hopper import (
     gl,
     gluon,
     mbarrier,
+    reinterpret,
     tma,
 )
 
@@ -181,7 +182,7 @@ if MISSING is None:
         h, and of half a tile's features of w and b. F is a multiple of BN / 2."""
         s_x = gl.allocate_shared_memory(d_x.dtype, [STAGES * 2, BM // 2, BK], d_x.layout)
         s_pair = gl.allocate_shared_memory(d_w.dtype, [STAGES * 2, BN // 2, BK], d_w.layout)
-        s_w = s_pair._reinterpret(d_w.dtype, [STAGES, BN, BK], d_w.layout)
+        s_w = reinterpret(s_pair, d_w.dtype, [STAGES, BN, BK], d_w.layout)
         s_y = gl.allocate_shared_memory(d_y.dtype, [4, BM // 2, BN // 4], d_y.layout)
         full, empty = ring(STAGES)
         num_m = (M + BM - 1) // BM
@@ -212,7 +213,7 @@ if MISSING is None:
         s_x = gl.allocate_shared_memory(d_x.dtype, [STAGES * 2, BM // 2, BK], d_x.layout)
         s_w = gl.allocate_shared_memory(d_w.dtype, [STAGES, BK, BN], d_w.layout)
         # the same memory as blocks of BK features
-        s_parts = s_w._reinterpret(d_w.dtype, [STAGES * (BN // BK), BK, BK], d_gu.layout)
+        s_parts = reinterpret(s_w, d_w.dtype, [STAGES * (BN // BK), BK, BK], d_gu.layout)
         s_y = gl.allocate_shared_memory(d_h.dtype, [4, BM // 2, BN // 4], d_h.layout)
         full, empty = ring(STAGES)
         num_m = (M + BM - 1) // BM

@@ -47,9 +47,9 @@ def test_run_ends_within_a_tenth_of_its_budget(monkeypatch):
     monkeypatch.setattr(time, "monotonic", time.process_time)
     begun = time.monotonic()
     outcomes = runner.run_claims(
-        [SUBJECT], ["accuracy", "updates"], seconds=5.0, cases=None, seed=0, after_each=lambda found: None
+        [SUBJECT], ["accuracy", "updates"], seconds=10.0, cases=None, seed=0, after_each=lambda found: None
     )
-    assert abs(time.monotonic() - begun - 5.0) <= 0.5
+    assert abs(time.monotonic() - begun - 10.0) <= 1.0
     assert [o.claim for o in outcomes] == ["accuracy", "updates"]
     assert all(o.verdict == "pass" for o in outcomes)
 
