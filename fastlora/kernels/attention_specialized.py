@@ -20,9 +20,7 @@ from fastlora.kernels.hopper import (
     MISSING,
     attempt,
     copy_in,
-    copy_out,
     describe,
-    fence_async_shared,
     gl,
     gluon,
     mbarrier,
@@ -37,6 +35,8 @@ NAME = "attention"
 HEADS_WIDE = (64, 128)
 
 if MISSING is None:
+    from fastlora.kernels.ring import claim, leave, ring
+
     LOG2E = gl.constexpr(1.4426950408889634)
 
     @gluon.jit
@@ -54,10 +54,8 @@ if MISSING is None:
     @gluon.jit
     def bring(descriptor, row, column, place, full, empty, turn, BYTES: gl.constexpr, STAGES: gl.constexpr):
         """Copy a block into the ring's next place, once it is free."""
-        stage = turn % STAGES
-        mbarrier.wait(empty.index(stage), ((turn // STAGES) & 1) ^ 1)
-        mbarrier.expect(full.index(stage), BYTES)
-        copy_in(descriptor, [row, column], full.index(stage), place.index(stage))
+        stage, bar = claim(full, empty, turn, BYTES, STAGES)
+        copy_in(descriptor, [row, column], bar, place.index(stage))
 
     @gluon.jit
     def load_walks(
@@ -102,14 +100,6 @@ if MISSING is None:
         o_q = gl.arange(0, B, gl.SliceLayout(1, SCORES))
         o_k = gl.arange(0, B, gl.SliceLayout(0, SCORES))
         return gl.where(o_q[:, None] >= o_k[None, :], b_s, float("-inf"))
-
-    @gluon.jit
-    def leave(b_out, d_out, s_out, row, column):
-        """Store a warpgroup's block [B, D]; its place is free again for whoever waits for the store."""
-        tma.store_wait(0)
-        s_out.store(b_out.to(d_out.dtype))
-        fence_async_shared()
-        copy_out(d_out, [row, column], s_out)
 
     @gluon.jit
     def forward_rows(
@@ -171,7 +161,7 @@ if MISSING is None:
                 mbarrier.arrive(v_empty.index(stage))
                 turn += 1
                 b_out = b_acc * gl.convert_layout(1.0 / b_sum, rows)[:, None]
-                leave(b_out, d_out, s_out.index(HALF), i_q * B, head * D)
+                leave(b_out, d_out, s_out.index(HALF), i_q * B, head * D, 0)
         tma.store_wait(0)
 
     @gluon.jit
@@ -237,16 +227,8 @@ if MISSING is None:
                 b_acc, b_ds = warpgroup_mma_wait(0, deps=[b_acc, b_ds])
                 mbarrier.arrive(k_empty.index(turn % STAGES))
                 turn += 1
-                leave(b_acc * scale, d_dq, s_out.index(HALF), i_q * B, head * D)
+                leave(b_acc * scale, d_dq, s_out.index(HALF), i_q * B, head * D, 0)
         tma.store_wait(0)
-
-    @gluon.jit
-    def ring(count: gl.constexpr, arrivals: gl.constexpr):
-        """``count`` barriers, each complete after so many arrivals."""
-        bars = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(count):
-            mbarrier.init(bars.index(i), count=arrivals)
-        return bars
 
     @gluon.jit
     def rings(d_k, d_v, B: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):

@@ -36,16 +36,8 @@ NAME = "GEMM with a gate"
 
 
 if MISSING is None:
-    from fastlora.kernels.gemm_specialized import (
-        claim,
-        load_block,
-        load_halves,
-        multiply_tile,
-        put,
-        quarters,
-        ring,
-        tile_at,
-    )
+    from fastlora.kernels.gemm_specialized import load_block, load_halves, multiply_tile, quarters, tile_at
+    from fastlora.kernels.ring import claim, leave, ring
 
     # the same function, compiled for Gluon
     activate_here = gluon.jit(activate.fn)
@@ -97,11 +89,11 @@ if MISSING is None:
             for i_part in gl.static_range(2):
                 b_g, b_u = b_parts[i_part], b_parts[i_part + 2]
                 n1 = i_n * (BN // 2) + i_part * (BN // 4)
-                put(d_y, b_g, s_y.index(HALF * 2 + i_part % 2), m0, n1)
-                put(d_y, b_u, s_y.index(HALF * 2 + (i_part + 1) % 2), m0, F + n1)
+                leave(b_g, d_y, s_y.index(HALF * 2 + i_part % 2), m0, n1, 1)
+                leave(b_u, d_y, s_y.index(HALF * 2 + (i_part + 1) % 2), m0, F + n1, 1)
                 b_act, _ = activate_here(b_g.to(gl.float32), ACTIVATION)
                 b_h = b_act.to(d_y.dtype).to(gl.float32) * b_u.to(gl.float32)
-                put(d_h, b_h, s_y.index(HALF * 2 + i_part % 2), m0, n1)
+                leave(b_h, d_h, s_y.index(HALF * 2 + i_part % 2), m0, n1, 1)
         tma.store_wait(0)
 
     @gluon.jit
@@ -184,7 +176,7 @@ if MISSING is None:
         s_pair = gl.allocate_shared_memory(d_w.dtype, [STAGES * 2, BN // 2, BK], d_w.layout)
         s_w = reinterpret(s_pair, d_w.dtype, [STAGES, BN, BK], d_w.layout)
         s_y = gl.allocate_shared_memory(d_y.dtype, [4, BM // 2, BN // 4], d_y.layout)
-        full, empty = ring(STAGES)
+        full, empty = ring(STAGES, 1), ring(STAGES, 2)
         num_m = (M + BM - 1) // BM
         gl.warp_specialize(
             [
@@ -215,7 +207,7 @@ if MISSING is None:
         # the same memory as blocks of BK features
         s_parts = reinterpret(s_w, d_w.dtype, [STAGES * (BN // BK), BK, BK], d_gu.layout)
         s_y = gl.allocate_shared_memory(d_h.dtype, [4, BM // 2, BN // 4], d_h.layout)
-        full, empty = ring(STAGES)
+        full, empty = ring(STAGES, 1), ring(STAGES, 2)
         num_m = (M + BM - 1) // BM
         gl.warp_specialize(
             [

@@ -16,9 +16,7 @@ from fastlora.kernels.hopper import (
     MISSING,
     attempt,
     copy_in,
-    copy_out,
     describe,
-    fence_async_shared,
     gl,
     gluon,
     mbarrier,
@@ -37,6 +35,7 @@ OPERANDS = ("d_x", "d_w", "d_s", "d_b", "p_bias", "d_y")
 
 
 if MISSING is None:
+    from fastlora.kernels.ring import claim, leave, ring
 
     @gluon.jit
     def tile_at(tile, num_m, num_n, GROUP: gl.constexpr):
@@ -45,25 +44,6 @@ if MISSING is None:
         first = (tile // in_group) * GROUP
         size = gl.minimum(num_m - first, GROUP)
         return first + (tile % in_group) % size, (tile % in_group) // size
-
-    @gluon.jit
-    def ring(STAGES: gl.constexpr):
-        """(barriers of filled places, of emptied ones: by one arrival a warpgroup)."""
-        full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(STAGES):
-            mbarrier.init(full.index(i), count=1)
-            mbarrier.init(empty.index(i), count=2)
-        return full, empty
-
-    @gluon.jit
-    def claim(full, empty, turn, BYTES: gl.constexpr, STAGES: gl.constexpr):
-        """(number, barrier) of the ring's next place, once it is free: BYTES are then expected there."""
-        stage = turn % STAGES
-        mbarrier.wait(empty.index(stage), ((turn // STAGES) & 1) ^ 1)
-        bar = full.index(stage)
-        mbarrier.expect(bar, BYTES)
-        return stage, bar
 
     @gluon.jit
     def load_halves(d_x, s_x, bar, stage, m0, i_k, BM: gl.constexpr):
@@ -168,14 +148,6 @@ if MISSING is None:
         return b_acc, turn
 
     @gluon.jit
-    def put(d_out, b_part, b_buffer, m, n):
-        """Round a part of a tile and start its copy to (m, n), through a buffer of which the store before the last one was the last."""
-        tma.store_wait(1)
-        b_buffer.store(b_part.to(d_out.dtype))
-        fence_async_shared()
-        copy_out(d_out, [m, n], b_buffer)
-
-    @gluon.jit
     def multiply_tiles(
         HALF: gl.constexpr, p_bias, d_y, s_x, s_w, s_y, full, empty, num_m,
         N: gl.constexpr, K: gl.constexpr, R: gl.constexpr, BIAS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
@@ -194,7 +166,7 @@ if MISSING is None:
                 b_acc += gl.load(p_bias + o_n, mask=o_n < N, other=0.0).to(gl.float32)[None, :]
             b_parts = quarters(b_acc, BM // 2, BN)
             for i_quarter in gl.static_range(4):
-                put(d_y, b_parts[i_quarter], s_y.index(HALF * 2 + i_quarter % 2), m0, n0 + i_quarter * (BN // 4))
+                leave(b_parts[i_quarter], d_y, s_y.index(HALF * 2 + i_quarter % 2), m0, n0 + i_quarter * (BN // 4), 1)
         tma.store_wait(0)
 
     @gluon.jit(do_not_specialize=["M"])
@@ -212,7 +184,7 @@ if MISSING is None:
         s_x = gl.allocate_shared_memory(d_x.dtype, [STAGES * 2, BM // 2, BK], d_x.layout)
         s_w = gl.allocate_shared_memory(d_w.dtype, [STAGES, BN, BK] if TRANSPOSED else [STAGES, BK, BN], d_w.layout)
         s_y = gl.allocate_shared_memory(d_y.dtype, [4, BM // 2, BN // 4], d_y.layout)
-        full, empty = ring(STAGES)
+        full, empty = ring(STAGES, 1), ring(STAGES, 2)  # emptied by one arrival a warpgroup
         num_m = (M + BM - 1) // BM
         # Registers: 240 a thread for the two that multiply (128 of them the sum), 24 for the one that loads.
         gl.warp_specialize(
