@@ -199,7 +199,7 @@ class Launch:
         """Whether this device is the current one and the binary is there: it is then looked up."""
         index = _first(arguments).device.index
         known = _binaries.get(self._key(arguments))
-        if known is None or torch.cuda.current_device() != index:
+        if known is None or _current_device() != index:
             return False
         # the binary last: another thread may look meanwhile
         self._index, self._ordered, self._direct = index, known[1], known[2]

@@ -26,7 +26,7 @@ def gated_forward(gate_up: Projections, x: torch.Tensor, dropout: Dropout | None
     """
     s, made = gate_up.low(x, dropout), None
     if gate_up.bias is None:
-        made = gemm_glu.forward(x, gate_up.weight, s, gate_up.b if gate_up.adapted else None, gate_up.layout, activation)
+        made = gemm_glu.forward(x, gate_up.weight, s, gate_up.b, gate_up.layout, activation)
     if made is None:
         both = gate_up.product(x, s)
         made = both, glu_forward(both, activation)
@@ -40,7 +40,7 @@ def gated_backward(
     ds, db = down.low_backward(dz, s, chunks)
     made = None
     if dropout is None:
-        made = gemm_glu.backward(dz, down.weight, ds, down.a if down.adapted else None, down.layout, activation, both)
+        made = gemm_glu.backward(dz, down.weight, ds, down.a, down.layout, activation, both)
     if made is None:
         made = glu_backward(down.dx(dz, ds, dropout), both, activation, emit=True)
     return *made, ds, db

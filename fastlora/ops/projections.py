@@ -53,6 +53,8 @@ class Projections:
         self._sinks: tuple[Sink, Sink] | None = None
         self._parts: list[tuple[TokenSum, TokenSum]] = []
         self.layout: Columns | None = None
+        self.a: torch.Tensor | None = None
+        self.b: torch.Tensor | None = None
 
     def attach(self) -> None:
         """From now on the layers' exact sums are views of the group's."""
@@ -191,7 +193,7 @@ class Projections:
 
     def product(self, x: torch.Tensor, s: torch.Tensor | None) -> torch.Tensor:
         """x [M, K] and s of :meth:`low` -> y [M, N]."""
-        return gemm(x, self.weight, s, self.b if self.adapted else None, self.bias, transposed=True, layout=self.layout)
+        return gemm(x, self.weight, s, self.b, self.bias, transposed=True, layout=self.layout)
 
     def low_backward(self, dy: torch.Tensor, s: torch.Tensor | None, chunks: Chunks):
         """dy [M, N] -> (ds [M, columns], db or None in exact mode, where it is added to the sums), or (None, None) without an adapter."""
@@ -203,7 +205,7 @@ class Projections:
 
     def dx(self, dy: torch.Tensor, ds: torch.Tensor | None, dropout: Dropout | None) -> torch.Tensor:
         """dy [M, N] and ds of :meth:`low_backward` -> dx [M, K]."""
-        return gemm(dy, self.weight, ds, self.a if self.adapted else None, transposed=False, dropout=dropout, layout=self.layout)
+        return gemm(dy, self.weight, ds, self.a, transposed=False, dropout=dropout, layout=self.layout)
 
     def backward(self, dy: torch.Tensor, s: torch.Tensor | None, dropout: Dropout | None, chunks: Chunks, needs_dx: bool = True):
         """dy [M, N] -> (dx [M, K] or None, ds, db): ds and db go to :meth:`gradients`."""

@@ -9,14 +9,9 @@ from fastlora.kernels import attention as file
 from fastlora.kernels import attention_specialized, attention_specialized_keys
 from fastlora.ops.attention_triton import document_edges
 from tests.attention_cases import draw, spans_of
+from tests.gpu_marks import HOPPER
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-        reason="needs a GPU of compute capability 9.0",
-    ),
-]
+pytestmark = HOPPER
 
 # Documents' lengths: one block, an odd number of blocks, neighbours in one pair of blocks, a long one between short ones, many of one
 # length, and more tiles than a grid has programs.

@@ -10,15 +10,10 @@ from fastlora.kernels.columns import Columns
 from fastlora.kernels.gemm import gemm
 from fastlora.kernels.glu import glu_backward, glu_forward
 from tests import split_cases as cases
+from tests.gpu_marks import HOPPER
 from tests.models import tiny_model
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-        reason="needs a GPU of compute capability 9.0",
-    ),
-]
+pytestmark = HOPPER
 
 # Tokens, input features, features of the gate, rank (0: none), projections with an adapter, activation: whole tiles, edges of the rows,
 # two steps of K, ranks of one block and of more, one adapter of two.

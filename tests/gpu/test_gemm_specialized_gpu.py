@@ -8,14 +8,9 @@ import torch
 from fastlora.kernels import gemm_specialized, hopper, launch, tables
 from fastlora.kernels.columns import Columns
 from fastlora.kernels.gemm import gemm
+from tests.gpu_marks import HOPPER
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-        reason="needs a GPU of compute capability 9.0",
-    ),
-]
+pytestmark = HOPPER
 
 # Tokens, output and input features, rank (0: none): whole tiles, edges, one row, one and two steps of K, ranks of one block and of four.
 SHAPES = [

@@ -14,16 +14,10 @@ import triton
 
 from fastlora.kernels import direct, launch
 from fastlora.kernels.tables import Tile
+from tests.unit.gpu_standin import OnGpu, stand_in
 
 driver = pytest.importorskip("triton.backends.nvidia.driver", reason="the launcher is that of NVIDIA's backend")
 BASE = 13  # arguments before the kernel's: grid, stream, function, two flags, two buffers, metadata, three hooks
-
-
-class OnGpu(torch.Tensor):
-    """A tensor of the host that says it is a GPU's."""
-
-    is_cuda = True
-    device = types.SimpleNamespace(index=0)
 
 
 def on_gpu(*shape):
@@ -151,12 +145,7 @@ def test_a_kept_launch_starts_directly_where_it_can(encoded, monkeypatch):
         def __getitem__(self, grid):
             return lambda *given, **constants: made
 
-    monkeypatch.setattr(launch, "_binaries", {})
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(launch, "_current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: pytest.MonkeyPatch.context())
-    stand_in = types.SimpleNamespace(active=types.SimpleNamespace(get_current_stream=lambda index: f"stream of {index}"))
-    monkeypatch.setattr(triton.runtime, "driver", stand_in)
+    stand_in(monkeypatch)
     kept, x = launch.Launch(Kernel(), (3,), Tile(1), (describe,), N=64), on_gpu(4, 2)
     for _ in range(3):
         kept(x, 4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import types
 
 import pytest
@@ -10,10 +9,10 @@ import torch
 
 pytest.importorskip("triton", reason="kernels need triton")
 
-import triton
 
 from fastlora.kernels import launch
 from fastlora.kernels.tables import Tile
+from tests.unit.gpu_standin import OnGpu, stand_in
 
 
 class Kernel:
@@ -34,22 +33,9 @@ class Kernel:
         return compile_and_start
 
 
-class OnGpu(torch.Tensor):
-    """A tensor of the host that says it is a GPU's."""
-
-    is_cuda = True
-    device = types.SimpleNamespace(index=0)
-
-
 @pytest.fixture
 def gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(launch, "_current_device", lambda: 0)
-    monkeypatch.setattr(launch, "_binaries", {})
-    stand_in = types.SimpleNamespace(active=types.SimpleNamespace(get_current_stream=lambda index: f"stream of {index}"))
-    monkeypatch.setattr(triton.runtime, "driver", stand_in)
-
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    stand_in(monkeypatch)
 
 
 def test_a_kept_launch_compiles_once_and_hands_on_addresses(gpu):
