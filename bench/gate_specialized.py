@@ -43,7 +43,7 @@ def build_arguments(case, element: str, layout):
     signature |= {"p_bias": element, "M": "i32"}
     constants = dict(
         N=n, K=k, R=rank, SECOND=second, THIRD=third, TRANSPOSED=case.transposed, BIAS=case.dtype == torch.float16,
-        BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group, PROGRAMS=132,
+        BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group,
     )  # fmt: skip
     return gemm_specialized.gemm_specialized_kernel, tile, signature, constants
 
@@ -56,7 +56,7 @@ def _glu(case, block, layout):
     signature = {which: block(*size) for which, size in gemm_glu.blocks_of(tile, forward=case.transposed).items()} | {"M": "i32"}
     constants = dict(
         F=case.outer, K=case.inner, R=rank, ACTIVATION=GLU[case.operation], BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages,
-        GROUP=tile.group, PROGRAMS=132,
+        GROUP=tile.group,
     )  # fmt: skip
     return kernel, tile, signature, constants
 

@@ -57,12 +57,12 @@ if MISSING is None:
     def load_forward(
         d_x, d_w, d_s, d_b, s_x, s_pair, full, empty, num_m,
         F: gl.constexpr, K: gl.constexpr, R: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-        GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+        GROUP: gl.constexpr,
     ):  # fmt: skip
         """The loading warp of the forward."""
         num_n: gl.constexpr = F // (BN // 2)
         turn = 0
-        for tile in range(gl.program_id(0), num_m * num_n, PROGRAMS):
+        for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
             i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
             m0, n0 = i_m * BM, i_n * (BN // 2)
             for i_k in range(0, K, BK):
@@ -76,12 +76,12 @@ if MISSING is None:
     def multiply_forward(
         HALF: gl.constexpr, d_y, d_h, s_x, s_w, s_y, full, empty, num_m,
         F: gl.constexpr, K: gl.constexpr, R: gl.constexpr, ACTIVATION: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-        BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+        BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
     ):  # fmt: skip
         """A multiplying warpgroup of the forward: the upper (HALF = 0) or lower rows of every tile of this program."""
         num_n: gl.constexpr = F // (BN // 2)
         turn = 0
-        for tile in range(gl.program_id(0), num_m * num_n, PROGRAMS):
+        for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
             i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
             m0 = i_m * BM + HALF * (BM // 2)
             b_acc, turn = multiply_tile(s_x, s_w, full, empty, turn, HALF, K, R, BM, BN, BK, STAGES, True)
@@ -100,12 +100,12 @@ if MISSING is None:
     def load_backward(
         d_x, d_w, d_s, d_b, d_gu, s_x, s_w, s_parts, full, empty, num_m,
         F: gl.constexpr, K: gl.constexpr, R: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-        GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+        GROUP: gl.constexpr,
     ):  # fmt: skip
         """The loading warp of the backward: behind a tile's product its gate and up, BK features a place of the ring."""
         num_n: gl.constexpr = F // BN
         turn = 0
-        for tile in range(gl.program_id(0), num_m * num_n, PROGRAMS):
+        for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
             i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
             m0, n0 = i_m * BM, i_n * BN
             for i_k in range(0, K, BK):
@@ -125,12 +125,12 @@ if MISSING is None:
     def multiply_backward(
         HALF: gl.constexpr, d_dgu, d_h, s_x, s_w, s_parts, s_y, full, empty, num_m,
         F: gl.constexpr, K: gl.constexpr, R: gl.constexpr, ACTIVATION: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-        BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+        BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
     ):  # fmt: skip
         """A multiplying warpgroup of the backward."""
         num_n: gl.constexpr = F // BN
         turn = 0
-        for tile in range(gl.program_id(0), num_m * num_n, PROGRAMS):
+        for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
             i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
             m0 = i_m * BM + HALF * (BM // 2)
             b_acc, turn = multiply_tile(s_x, s_w, full, empty, turn, HALF, K, R, BM, BN, BK, STAGES, False)
@@ -168,7 +168,7 @@ if MISSING is None:
     def gemm_glu_forward_kernel(
         d_x, d_w, d_s, d_b, d_y, d_h, M,
         F: gl.constexpr, K: gl.constexpr, R: gl.constexpr, ACTIVATION: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-        BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+        BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
     ):  # fmt: skip
         """d_x [M, K]; d_w [2 F, K]; d_s [M, LR]; d_b [2 F, LR]; d_y [M, 2 F]; d_h [M, F]: descriptors, of half a tile's rows of x, s, y and
         h, and of half a tile's features of w and b. F is a multiple of BN / 2."""
@@ -181,13 +181,13 @@ if MISSING is None:
         gl.warp_specialize(
             [
                 (multiply_forward, (
-                    0, d_y, d_h, s_x, s_w, s_y, full, empty, num_m, F, K, R, ACTIVATION, BM, BN, BK, STAGES, GROUP, PROGRAMS,
+                    0, d_y, d_h, s_x, s_w, s_y, full, empty, num_m, F, K, R, ACTIVATION, BM, BN, BK, STAGES, GROUP,
                 )),
                 (multiply_forward, (
-                    1, d_y, d_h, s_x, s_w, s_y, full, empty, num_m, F, K, R, ACTIVATION, BM, BN, BK, STAGES, GROUP, PROGRAMS,
+                    1, d_y, d_h, s_x, s_w, s_y, full, empty, num_m, F, K, R, ACTIVATION, BM, BN, BK, STAGES, GROUP,
                 )),
                 (load_forward, (
-                    d_x, d_w, d_s, d_b, s_x, s_pair, full, empty, num_m, F, K, R, BM, BN, BK, STAGES, GROUP, PROGRAMS,
+                    d_x, d_w, d_s, d_b, s_x, s_pair, full, empty, num_m, F, K, R, BM, BN, BK, STAGES, GROUP,
                 )),
             ],
             [4, 1],
@@ -198,7 +198,7 @@ if MISSING is None:
     def gemm_glu_backward_kernel(
         d_x, d_w, d_s, d_b, d_gu, d_dgu, d_h, M,
         F: gl.constexpr, K: gl.constexpr, R: gl.constexpr, ACTIVATION: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-        BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+        BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
     ):  # fmt: skip
         """d_x [M, K]; d_w [K, F]; d_s [M, LR]; d_b [LR, F]; d_gu and d_dgu [M, 2 F]; d_h [M, F]: descriptors, of half a tile's rows but for
         w and b. F is a multiple of BN, and BK a quarter of it."""
@@ -213,14 +213,14 @@ if MISSING is None:
             [
                 (multiply_backward, (
                     0, d_dgu, d_h, s_x, s_w, s_parts, s_y, full, empty, num_m,
-                    F, K, R, ACTIVATION, BM, BN, BK, STAGES, GROUP, PROGRAMS,
+                    F, K, R, ACTIVATION, BM, BN, BK, STAGES, GROUP,
                 )),
                 (multiply_backward, (
                     1, d_dgu, d_h, s_x, s_w, s_parts, s_y, full, empty, num_m,
-                    F, K, R, ACTIVATION, BM, BN, BK, STAGES, GROUP, PROGRAMS,
+                    F, K, R, ACTIVATION, BM, BN, BK, STAGES, GROUP,
                 )),
                 (load_backward, (
-                    d_x, d_w, d_s, d_b, d_gu, s_x, s_w, s_parts, full, empty, num_m, F, K, R, BM, BN, BK, STAGES, GROUP, PROGRAMS,
+                    d_x, d_w, d_s, d_b, d_gu, s_x, s_w, s_parts, full, empty, num_m, F, K, R, BM, BN, BK, STAGES, GROUP,
                 )),
             ],
             [4, 1],
@@ -242,9 +242,8 @@ def plan(rows, inner, features, stored, layout, activation, forward, dtype, devi
     arch = launch.arch_at(device)
     if not (hopper.serves(arch) and launch.can_use_tma(arch, dtype, inner, features)) or features % WIDEST:
         return None
-    programs = launch.persistent_programs(device)
     outer = 2 * features if forward else features
-    tile = launch.gemm_specialized_tile(rows, outer, programs)
+    tile = launch.gemm_specialized_tile(rows, outer, launch.persistent_programs(device))
     if tile.bn != WIDEST:
         return None  # few tokens: narrow tiles busy more multiprocessors, and the gate's pass is in the cache
     rank = 0
@@ -259,9 +258,8 @@ def plan(rows, inner, features, stored, layout, activation, forward, dtype, devi
     made = (launch.describer(dtype, wide[name], *block, describe) for name, block in blocks_of(tile, forward=forward).items())
     tiles = launch.cdiv(rows, tile.bm) * launch.cdiv(outer, tile.bn)
     return launch.Launch(
-        gemm_glu_forward_kernel if forward else gemm_glu_backward_kernel, (min(programs, tiles),), tile, tuple(made),
+        gemm_glu_forward_kernel if forward else gemm_glu_backward_kernel, (launch.even_programs(tiles, device),), tile, tuple(made),
         F=features, K=inner, R=rank, ACTIVATION=activation, BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group,
-        PROGRAMS=programs,
     )  # fmt: skip
 
 

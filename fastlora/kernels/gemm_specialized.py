@@ -78,12 +78,12 @@ if MISSING is None:
     def load_tiles(
         d_x, d_w, d_s, d_b, s_x, s_w, full, empty, num_m,
         N: gl.constexpr, K: gl.constexpr, R: gl.constexpr, SECOND: gl.constexpr, THIRD: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-        BK: gl.constexpr, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+        BK: gl.constexpr, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr, GROUP: gl.constexpr,
     ):  # fmt: skip
         """The loading warp: every block of every tile of this program, in order."""
         num_n: gl.constexpr = (N + BN - 1) // BN
         turn = 0
-        for tile in range(gl.program_id(0), num_m * num_n, PROGRAMS):
+        for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
             i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
             for i_k in range(0, K, BK):
                 load_block(d_x, d_w, s_x, s_w, full, empty, turn, i_m * BM, i_n * BN, i_k, BM, BN, BK, STAGES, TRANSPOSED)
@@ -151,12 +151,12 @@ if MISSING is None:
     def multiply_tiles(
         HALF: gl.constexpr, p_bias, d_y, s_x, s_w, s_y, full, empty, num_m,
         N: gl.constexpr, K: gl.constexpr, R: gl.constexpr, BIAS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
-        STAGES: gl.constexpr, TRANSPOSED: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+        STAGES: gl.constexpr, TRANSPOSED: gl.constexpr, GROUP: gl.constexpr,
     ):  # fmt: skip
         """A multiplying warpgroup: the upper (HALF = 0) or lower rows of every tile of this program."""
         num_n: gl.constexpr = (N + BN - 1) // BN
         turn = 0
-        for tile in range(gl.program_id(0), num_m * num_n, PROGRAMS):
+        for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
             i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
             m0 = i_m * BM + HALF * (BM // 2)
             n0 = i_n * BN
@@ -174,7 +174,6 @@ if MISSING is None:
         d_x, d_w, d_s, d_b, p_bias, d_y, M,
         N: gl.constexpr, K: gl.constexpr, R: gl.constexpr, SECOND: gl.constexpr, THIRD: gl.constexpr, TRANSPOSED: gl.constexpr,
         BIAS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-        PROGRAMS: gl.constexpr,
     ):  # fmt: skip
         """d_x [M, K]; d_w [N, K] if TRANSPOSED else [K, N]; d_s [M, LR]; d_b [N, LR] or [LR, N] alike; d_y [M, N]: descriptors, of half a
         tile's rows of x, s and y. Edges load zeros, and stores clip.
@@ -191,15 +190,15 @@ if MISSING is None:
             [
                 (multiply_tiles, (
                     0, p_bias, d_y, s_x, s_w, s_y, full, empty, num_m,
-                    N, K, R, BIAS, BM, BN, BK, STAGES, TRANSPOSED, GROUP, PROGRAMS,
+                    N, K, R, BIAS, BM, BN, BK, STAGES, TRANSPOSED, GROUP,
                 )),
                 (multiply_tiles, (
                     1, p_bias, d_y, s_x, s_w, s_y, full, empty, num_m,
-                    N, K, R, BIAS, BM, BN, BK, STAGES, TRANSPOSED, GROUP, PROGRAMS,
+                    N, K, R, BIAS, BM, BN, BK, STAGES, TRANSPOSED, GROUP,
                 )),
                 (load_tiles, (
                     d_x, d_w, d_s, d_b, s_x, s_w, full, empty, num_m,
-                    N, K, R, SECOND, THIRD, BM, BN, BK, STAGES, TRANSPOSED, GROUP, PROGRAMS,
+                    N, K, R, SECOND, THIRD, BM, BN, BK, STAGES, TRANSPOSED, GROUP,
                 )),
             ],
             [4, 1],
@@ -232,17 +231,16 @@ def plan(rows, inner, outer, stored, layout, transposed, biased, dtype, device) 
     arch = launch.arch_at(device)
     if not (hopper.serves(arch) and launch.can_use_tma(arch, dtype, inner, outer)):
         return None
-    programs = launch.persistent_programs(device)
-    tile = launch.gemm_specialized_tile(rows, outer, programs)
+    tile = launch.gemm_specialized_tile(rows, outer, launch.persistent_programs(device))
     rank, second, third = rank_columns(layout, stored, tile, transposed=transposed) if stored else (0, 0, 0)
     wide = {"d_x": inner, "d_w": inner if transposed else outer, "d_s": stored or inner, "d_y": outer}
     wide["d_b"] = (stored if transposed else outer) if stored else wide["d_w"]
     made = {name: launch.describer(dtype, wide[name], *block, describe) for name, block in blocks_of(tile, transposed=transposed).items()}
     tiles = launch.cdiv(rows, tile.bm) * launch.cdiv(outer, tile.bn)
     return launch.Launch(
-        gemm_specialized_kernel, (min(programs, tiles),), tile, tuple(made.get(name) for name in OPERANDS),
+        gemm_specialized_kernel, (launch.even_programs(tiles, device),), tile, tuple(made.get(name) for name in OPERANDS),
         N=outer, K=inner, R=rank, SECOND=second, THIRD=third, TRANSPOSED=transposed, BIAS=biased,
-        BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group, PROGRAMS=programs,
+        BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group,
     )  # fmt: skip
 
 

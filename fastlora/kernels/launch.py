@@ -23,7 +23,7 @@ from fastlora.kernels.tables import (
 )
 
 __all__ = [
-    "Dropout", "Launch", "arch_at", "arch_of", "can_use_tma", "cdiv", "describer", "descriptor", "dropout_arguments",
+    "Dropout", "Launch", "arch_at", "arch_of", "can_use_tma", "cdiv", "describer", "descriptor", "dropout_arguments", "even_programs",
     "gemm_specialized_tile", "gemm_tile", "is_ragged", "padded_rank", "persistent_programs", "project_tile", "reduce_tile", "run", "token_sum_tile",
 ]  # fmt: skip
 
@@ -65,6 +65,13 @@ def _processors(index: int) -> int:
 def persistent_programs(device: torch.device) -> int:
     """Programs of a persistent grid: one a multiprocessor."""
     return _processors(device.index) if device.type == "cuda" else 3
+
+
+def even_programs(tiles: int, device: torch.device) -> int:
+    """Programs of a persistent grid that walks ``tiles`` in the fewest turns: no more than share them evenly, so that multiprocessors that
+    the last turn would leave idle are free all the time."""
+    turns = cdiv(tiles, persistent_programs(device))
+    return cdiv(tiles, turns)
 
 
 def padded_rank(rank: int) -> int:
