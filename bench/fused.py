@@ -20,6 +20,12 @@ def _chunks(dy):
     return chunks_here(dy)
 
 
+def _beside(dy):
+    from fastlora.ops.beside import Beside
+
+    return Beside(dy.device)
+
+
 class Group(torch.autograd.Function):
     """Projections of one input as one product, x [M, K] -> [M, N]."""
 
@@ -34,9 +40,11 @@ class Group(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, s = ctx.saved_tensors
-        chunks = _chunks(dy)
-        dx, ds, db = ctx.group.backward(dy, s, None, chunks)
-        return dx, None, *ctx.group.gradients(x, ds, db, None, chunks)
+        chunks, beside = _chunks(dy), _beside(dy)
+        dx, ds, db = ctx.group.backward(dy, s, None, chunks, beside)
+        found = beside.add(ctx.group.gradients, x, ds, db, None, chunks)
+        beside.finish()
+        return dx, None, *found.value
 
 
 class Mlp(torch.autograd.Function):
@@ -59,11 +67,13 @@ class Mlp(torch.autograd.Function):
 
         x, both, s, s_down = ctx.saved_tensors
         gate_up, down = ctx.groups
-        chunks = _chunks(dy)
+        chunks, beside = _chunks(dy), _beside(dy)
         dboth, hidden, ds, db = gated_backward(down, dy, s_down, None, chunks, both, "silu")
-        of_down = down.gradients(hidden, ds, db, None, chunks)
-        dx, ds, db = gate_up.backward(dboth, s, None, chunks)
-        return dx, None, None, *gate_up.gradients(x, ds, db, None, chunks), *of_down
+        of_down = beside.add(down.gradients, hidden, ds, db, None, chunks)
+        dx, ds, db = gate_up.backward(dboth, s, None, chunks, beside)
+        of_gate_up = beside.add(gate_up.gradients, x, ds, db, None, chunks)
+        beside.finish()
+        return dx, None, None, *of_gate_up.value, *of_down.value
 
 
 class Adapted:

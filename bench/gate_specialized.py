@@ -7,9 +7,11 @@ import torch
 from fastlora.kernels import (
     attention_specialized,
     attention_specialized_keys,
+    gemm_beside,
     gemm_glu,
     gemm_specialized,
     hopper,
+    project_beside,
     tables,
 )
 
@@ -22,7 +24,9 @@ ATTENTION = {
 GEMM = {f"gemm_specialized{'' if tile.bn == gemm_specialized.WIDEST else f'_{tile.bn}'}": tile for tile in tables.GEMM_SPECIALIZED}
 # The products with a gate in their epilogue, by its activation; ``outer`` is the gate's width.
 GLU = {f"gemm_glu_{activation}": activation for activation in ("silu", "gelu", "gelu_tanh")}
-OPERATIONS = (*GEMM, *GLU, *ATTENTION)
+# The GEMM with S in its launch.
+BESIDE = "gemm_beside"
+OPERATIONS = (*GEMM, BESIDE, *GLU, *ATTENTION)
 
 
 def build_arguments(case, element: str, layout):
@@ -37,7 +41,7 @@ def build_arguments(case, element: str, layout):
     if case.operation in GLU:
         return _glu(case, block, layout)
     n, k = (case.outer, case.inner) if case.transposed else (case.inner, case.outer)
-    tile = GEMM[case.operation]
+    tile = GEMM.get(case.operation, tables.GEMM_SPECIALIZED[-1])
     rank, second, third = gemm_specialized.rank_columns(layout, layout.columns, tile, transposed=case.transposed)
     signature = {which: block(*size) for which, size in gemm_specialized.blocks_of(tile, transposed=case.transposed).items()}
     signature |= {"p_bias": element, "M": "i32"}
@@ -45,7 +49,12 @@ def build_arguments(case, element: str, layout):
         N=n, K=k, R=rank, SECOND=second, THIRD=third, TRANSPOSED=case.transposed, BIAS=case.dtype == torch.float16,
         BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group,
     )  # fmt: skip
-    return gemm_specialized.gemm_specialized_kernel, tile, signature, constants
+    if case.operation != BESIDE:
+        return gemm_specialized.gemm_specialized_kernel, tile, signature, constants
+    low = project_beside.low_of(layout, k, case.dtype, case.arch, transposed=case.transposed)
+    signature |= {"d_f": block(*gemm_beside.factor_block(low, tile, transposed=case.transposed)), "helpers": "i32"}
+    signature |= {"p_low": element, "p_scale": "*fp32", "p_ready": "*i32"}
+    return gemm_beside.gemm_beside_kernel, tile, signature, constants | low.constants() | {"LR": layout.columns}
 
 
 def _glu(case, block, layout):
@@ -83,6 +92,9 @@ def all_cases(make) -> list:
         make("gemm_specialized", "sm_90", torch.float16), make("gemm_specialized", "sm_90", rank=64, outer=6144, count=3),
         make("gemm_specialized", "sm_90", rank=64, outer=6144, count=3, transposed=False),
     ]  # fmt: skip
+    cases += [make(BESIDE, "sm_90", transposed=side) for side in (True, False)]
+    cases += [make(BESIDE, "sm_90", rank=16, outer=6144, count=3, transposed=side) for side in (True, False)]
+    cases += [make(BESIDE, "sm_90", torch.float16), make(BESIDE, "sm_90", rank=64, outer=6144, count=3, transposed=False)]
     cases += [make(narrow, "sm_90", transposed=side) for narrow in GEMM if narrow != "gemm_specialized" for side in (True, False)]
     cases += [make("gemm_glu_silu", "sm_90", outer=14336, rank=rank, transposed=side) for rank in (16, 128) for side in (True, False)]
     cases += [make("gemm_glu_silu", "sm_90", outer=14336, count=2), make("gemm_glu_silu", "sm_90", torch.float16, outer=14336, transposed=False)]

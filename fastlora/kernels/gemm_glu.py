@@ -36,7 +36,7 @@ NAME = "GEMM with a gate"
 
 
 if MISSING is None:
-    from fastlora.kernels.gemm_specialized import load_block, load_halves, multiply_tile, quarters, tile_at
+    from fastlora.kernels.gemm_blocks import load_block, load_halves, multiply_tile, quarters, tile_at
     from fastlora.kernels.ring import claim, leave, ring
 
     # the same function, compiled for Gluon

@@ -15,14 +15,10 @@ from fastlora.kernels import hopper, launch
 from fastlora.kernels.hopper import (
     MISSING,
     attempt,
-    copy_in,
     describe,
     gl,
     gluon,
-    mbarrier,
     tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 
 NAME = "GEMM"
@@ -35,34 +31,9 @@ OPERANDS = ("d_x", "d_w", "d_s", "d_b", "p_bias", "d_y")
 
 
 if MISSING is None:
-    from fastlora.kernels.ring import claim, leave, ring
-
-    @gluon.jit
-    def tile_at(tile, num_m, num_n, GROUP: gl.constexpr):
-        """Row and column of the ``tile``-th output tile: ``tile.grouped_tile``, which Gluon code cannot call."""
-        in_group = GROUP * num_n
-        first = (tile // in_group) * GROUP
-        size = gl.minimum(num_m - first, GROUP)
-        return first + (tile % in_group) % size, (tile % in_group) // size
-
-    @gluon.jit
-    def load_halves(d_x, s_x, bar, stage, m0, i_k, BM: gl.constexpr):
-        """Copy the block of BM rows of d_x, one half a warpgroup."""
-        for i_half in gl.static_range(2):
-            copy_in(d_x, [m0 + i_half * (BM // 2), i_k], bar, s_x.index(stage * 2 + i_half))
-
-    @gluon.jit
-    def load_block(
-        d_x, d_w, s_x, s_w, full, empty, turn, m0, n0, i_k,
-        BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr,
-    ):  # fmt: skip
-        """Copy the blocks [BM, BK] of d_x and [BN, BK] (or [BK, BN]) of d_w into the ring's next place, once it is free."""
-        stage, bar = claim(full, empty, turn, (BM + BN) * BK * 2, STAGES)
-        load_halves(d_x, s_x, bar, stage, m0, i_k, BM)
-        if TRANSPOSED:
-            copy_in(d_w, [n0, i_k], bar, s_w.index(stage))
-        else:
-            copy_in(d_w, [i_k, n0], bar, s_w.index(stage))
+    from fastlora.kernels.gemm_blocks import load_block, multiply_tile, quarters, tile_at
+    from fastlora.kernels.project_beside import await_low
+    from fastlora.kernels.ring import leave, ring
 
     @gluon.jit
     def first_column(n0, R: gl.constexpr, SECOND: gl.constexpr, THIRD: gl.constexpr):
@@ -76,87 +47,36 @@ if MISSING is None:
 
     @gluon.jit
     def load_tiles(
-        d_x, d_w, d_s, d_b, s_x, s_w, full, empty, num_m,
+        d_x, d_w, d_s, d_b, p_ready, s_x, s_w, full, empty, num_m, helpers,
         N: gl.constexpr, K: gl.constexpr, R: gl.constexpr, SECOND: gl.constexpr, THIRD: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-        BK: gl.constexpr, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr, GROUP: gl.constexpr,
+        BK: gl.constexpr, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr, GROUP: gl.constexpr, BESIDE: gl.constexpr,
     ):  # fmt: skip
-        """The loading warp: every block of every tile of this program, in order."""
+        """The loading warp: every block of every tile of this program, in order. BESIDE: the first ``helpers`` programs have no tile, and
+        make s (project_beside.py)."""
         num_n: gl.constexpr = (N + BN - 1) // BN
         turn = 0
-        for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+        for tile in range(gl.program_id(0) - helpers, num_m * num_n, gl.num_programs(0) - helpers):
             i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
             for i_k in range(0, K, BK):
                 load_block(d_x, d_w, s_x, s_w, full, empty, turn, i_m * BM, i_n * BN, i_k, BM, BN, BK, STAGES, TRANSPOSED)
                 turn += 1
+            if BESIDE:
+                await_low(p_ready, i_m, num_n)
             r0 = first_column(i_n * BN, R, SECOND, THIRD)
             for i_r in gl.static_range(0, R, BK):
                 load_block(d_s, d_b, s_x, s_w, full, empty, turn, i_m * BM, i_n * BN, r0 + i_r, BM, BN, BK, STAGES, TRANSPOSED)
                 turn += 1
 
     @gluon.jit
-    def add_block(
-        b_acc, s_x, s_w, full, empty, turn, before,
-        HALF: gl.constexpr, DEPTH: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr,
-    ):  # fmt: skip
-        """b_acc plus the product of the first DEPTH columns of the ring's next blocks, left running; the block before it is then done,
-        and its place free."""
-        stage = turn % STAGES
-        mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
-        b_x = s_x.index(stage * 2 + HALF)
-        b_w = s_w.index(stage)
-        if TRANSPOSED:
-            b_w = b_w.permute((1, 0))
-        if DEPTH < BK:
-            b_x = b_x.slice(0, DEPTH, dim=1)
-            b_w = b_w.slice(0, DEPTH, dim=0)
-        b_acc = warpgroup_mma(b_x, b_w, b_acc, is_async=True)
-        b_acc = warpgroup_mma_wait(1, deps=[b_acc])
-        mbarrier.arrive(empty.index((turn + STAGES - 1) % STAGES), pred=before)
-        return b_acc
-
-    @gluon.jit
-    def halves(b_acc, HEIGHT: gl.constexpr, WIDTH: gl.constexpr):
-        """The left and the right half of the columns."""
-        return gl.split(gl.permute(gl.reshape(b_acc, (HEIGHT, 2, WIDTH // 2)), (0, 2, 1)))
-
-    @gluon.jit
-    def quarters(b_acc, HEIGHT: gl.constexpr, WIDTH: gl.constexpr):
-        """The four quarters of the columns, from the left."""
-        b_left, b_right = halves(b_acc, HEIGHT, WIDTH)
-        b_0, b_1 = halves(b_left, HEIGHT, WIDTH // 2)
-        b_2, b_3 = halves(b_right, HEIGHT, WIDTH // 2)
-        return b_0, b_1, b_2, b_3
-
-    @gluon.jit
-    def multiply_tile(
-        s_x, s_w, full, empty, turn,
-        HALF: gl.constexpr, K: gl.constexpr, R: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-        TRANSPOSED: gl.constexpr,
-    ):  # fmt: skip
-        """(sum over K, then over R, of a warpgroup's rows of a tile; the ring's turn after it)."""
-        layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
-        b_acc = gl.zeros((BM // 2, BN), gl.float32, layout)
-        for i_k in range(0, K, BK):
-            b_acc = add_block(b_acc, s_x, s_w, full, empty, turn, i_k > 0, HALF, BK, BK, STAGES, TRANSPOSED)
-            turn += 1
-        for _ in gl.static_range(0, R, BK):
-            # a block may hold more than R columns: a low rank pays for its own alone
-            b_acc = add_block(b_acc, s_x, s_w, full, empty, turn, True, HALF, min(R, BK), BK, STAGES, TRANSPOSED)
-            turn += 1
-        b_acc = warpgroup_mma_wait(0, deps=[b_acc])
-        mbarrier.arrive(empty.index((turn + STAGES - 1) % STAGES))
-        return b_acc, turn
-
-    @gluon.jit
     def multiply_tiles(
-        HALF: gl.constexpr, p_bias, d_y, s_x, s_w, s_y, full, empty, num_m,
+        HALF: gl.constexpr, p_bias, d_y, s_x, s_w, s_y, full, empty, num_m, helpers,
         N: gl.constexpr, K: gl.constexpr, R: gl.constexpr, BIAS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
         STAGES: gl.constexpr, TRANSPOSED: gl.constexpr, GROUP: gl.constexpr,
     ):  # fmt: skip
         """A multiplying warpgroup: the upper (HALF = 0) or lower rows of every tile of this program."""
         num_n: gl.constexpr = (N + BN - 1) // BN
         turn = 0
-        for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+        for tile in range(gl.program_id(0) - helpers, num_m * num_n, gl.num_programs(0) - helpers):
             i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
             m0 = i_m * BM + HALF * (BM // 2)
             n0 = i_n * BN
@@ -189,16 +109,16 @@ if MISSING is None:
         gl.warp_specialize(
             [
                 (multiply_tiles, (
-                    0, p_bias, d_y, s_x, s_w, s_y, full, empty, num_m,
+                    0, p_bias, d_y, s_x, s_w, s_y, full, empty, num_m, 0,
                     N, K, R, BIAS, BM, BN, BK, STAGES, TRANSPOSED, GROUP,
                 )),
                 (multiply_tiles, (
-                    1, p_bias, d_y, s_x, s_w, s_y, full, empty, num_m,
+                    1, p_bias, d_y, s_x, s_w, s_y, full, empty, num_m, 0,
                     N, K, R, BIAS, BM, BN, BK, STAGES, TRANSPOSED, GROUP,
                 )),
                 (load_tiles, (
-                    d_x, d_w, d_s, d_b, s_x, s_w, full, empty, num_m,
-                    N, K, R, SECOND, THIRD, BM, BN, BK, STAGES, TRANSPOSED, GROUP,
+                    d_x, d_w, d_s, d_b, p_bias, s_x, s_w, full, empty, num_m, 0,
+                    N, K, R, SECOND, THIRD, BM, BN, BK, STAGES, TRANSPOSED, GROUP, False,
                 )),
             ],
             [4, 1],

@@ -24,19 +24,20 @@ try:
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    # Renamed after Triton 3.8, all three.
+    # Renamed after Triton 3.8, all four.
     copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
     copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
     _SHARED = gl.shared_memory_descriptor
     # (shared memory, dtype, shape, layout) -> the same memory seen so
     reinterpret = getattr(_SHARED, "reinterpret", None) or _SHARED._reinterpret
+    barrier = getattr(gl, "barrier", None) or gl.thread_barrier
     MISSING = None
 except ImportError as error:
-    gluon = gl = fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = copy_in = copy_out = reinterpret = None
+    gluon = gl = barrier = fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = copy_in = copy_out = reinterpret = None
     MISSING = str(error)
 
 __all__ = [
-    "MISSING", "attempt", "compiles", "copy_in", "copy_out", "describe", "fence_async_shared", "gl", "gluon", "layout_of", "mbarrier", "reinterpret",
+    "MISSING", "attempt", "barrier", "compiles", "copy_in", "copy_out", "describe", "fence_async_shared", "gl", "gluon", "layout_of", "mbarrier", "reinterpret",
     "serves", "tma", "usable", "warpgroup_mma", "warpgroup_mma_wait",
 ]  # fmt: skip
 

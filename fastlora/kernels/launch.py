@@ -23,7 +23,7 @@ from fastlora.kernels.tables import (
 )
 
 __all__ = [
-    "Dropout", "Launch", "arch_at", "arch_of", "can_use_tma", "cdiv", "describer", "descriptor", "dropout_arguments", "even_programs",
+    "Dropout", "Launch", "arch_at", "arch_of", "can_use_tma", "cdiv", "current_stream", "describer", "descriptor", "dropout_arguments", "even_programs",
     "gemm_specialized_tile", "gemm_tile", "is_ragged", "padded_rank", "persistent_programs", "project_tile", "reduce_tile", "run", "token_sum_tile",
 ]  # fmt: skip
 
@@ -72,6 +72,11 @@ def even_programs(tiles: int, device: torch.device) -> int:
     the last turn would leave idle are free all the time."""
     turns = cdiv(tiles, persistent_programs(device))
     return cdiv(tiles, turns)
+
+
+def current_stream(index: int) -> int:
+    """The handle of a device's current stream."""
+    return triton.runtime.driver.active.get_current_stream(index)
 
 
 def padded_rank(rank: int) -> int:
@@ -183,7 +188,7 @@ class Launch:
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler listens
             compiled[self.grid](*self._described(arguments), *self._ordered)
             return
-        stream = triton.runtime.driver.active.get_current_stream(self._index)
+        stream = current_stream(self._index)
         if self._direct is not None:
             self._direct(self.grid, stream, arguments, self.describe, self._ordered, self._refuse)
             return

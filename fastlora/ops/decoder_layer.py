@@ -24,6 +24,7 @@ from fastlora.kernels.chunks import Chunks
 from fastlora.kernels.edges import Edges
 from fastlora.kernels.rms_norm import norm_backward, norm_forward
 from fastlora.kernels.rope import head_norm_rotate, head_norm_rotate_backward, rotate
+from fastlora.ops.beside import Beside, Later
 from fastlora.ops.gated import gated_backward, gated_forward
 from fastlora.ops.projections import Projections
 from fastlora.stream import Stream
@@ -224,8 +225,8 @@ def _scaled(plan: Plan, gradient: torch.Tensor) -> torch.Tensor:
     return gradient if plan.residual == 1.0 else gradient * plan.residual
 
 
-def _mlp_backward(plan: Plan, dout: torch.Tensor, place: Place, drops, kept: _Saved) -> tuple[torch.Tensor, list]:
-    """(gradient of h1, gradients of the parameters of gate_up and down)."""
+def _mlp_backward(plan: Plan, dout: torch.Tensor, place: Place, drops, kept: _Saved, beside: Beside) -> tuple[torch.Tensor, list[Later]]:
+    """(gradient of h1, gradients of the parameters of gate_up and of down)."""
     dz = _scaled(plan, dout)
     if plan.after_mlp is not None:
         norm = plan.after_mlp
@@ -233,26 +234,26 @@ def _mlp_backward(plan: Plan, dout: torch.Tensor, place: Place, drops, kept: _Sa
     dgate_up, hidden, ds, db = gated_backward(plan.down, dz, kept.s[3], drops[3], place.chunks, kept.gate_up, plan.activation)
     del dz
     kept.gate_up = None
-    of_down = plan.down.gradients(hidden, ds, db, drops[3], place.chunks)
+    of_down = beside.add(plan.down.gradients, hidden, ds, db, drops[3], place.chunks)
     del hidden
-    dx2, ds, db = plan.gate_up.backward(dgate_up, kept.s[2], drops[2], place.chunks)
+    dx2, ds, db = plan.gate_up.backward(dgate_up, kept.s[2], drops[2], place.chunks, beside)
     del dgate_up
     norm, x2 = plan.before_mlp, kept.h1
     if norm is not None:
         dh1, x2 = norm_backward(dx2, kept.h1, kept.rstd2, norm.weight, norm.style, residual=dout, emit=True)
     else:
         dh1 = dout + dx2
-    return dh1, plan.gate_up.gradients(x2, ds, db, drops[2], place.chunks) + of_down
+    return dh1, [beside.add(plan.gate_up.gradients, x2, ds, db, drops[2], place.chunks), of_down]
 
 
-def _attention_backward(plan: Plan, dh1: torch.Tensor, place: Place, drops, kept: _Saved, needs_dh: bool):
-    """(gradient of h or None, gradients of the parameters of qkv and o)."""
+def _attention_backward(plan: Plan, dh1: torch.Tensor, place: Place, drops, kept: _Saved, needs_dh: bool, beside: Beside):
+    """(gradient of h or None, gradients of the parameters of qkv and of o)."""
     dy = _scaled(plan, dh1)
     if plan.after_attention is not None:
         norm = plan.after_attention
         dy, _ = norm_backward(dy, kept.y, kept.rstd_y, norm.weight, norm.style)
-    do, ds, db = plan.o.backward(dy, kept.s[1], drops[1], place.chunks)
-    of_o = plan.o.gradients(kept.o, ds, db, drops[1], place.chunks)
+    do, ds, db = plan.o.backward(dy, kept.s[1], drops[1], place.chunks, beside)
+    of_o = beside.add(plan.o.gradients, kept.o, ds, db, drops[1], place.chunks)
     v_of = kept.qkv if kept.raw is None else kept.raw
     q, k, v = _split(plan, kept.qkv, v_of)
     rows, n, m, d = dh1.shape[0], plan.heads, plan.key_heads, plan.head_dim
@@ -262,7 +263,10 @@ def _attention_backward(plan: Plan, dh1: torch.Tensor, place: Place, drops, kept
         into=_split(plan, dqkv, dqkv),
     )  # fmt: skip
     _rotated_backward(plan, dqkv, place, kept)
-    dx, ds, db = plan.qkv.backward(dqkv, kept.s[0], drops[0], place.chunks, needs_dx=needs_dh)
+    if needs_dh:
+        dx, ds, db = plan.qkv.backward(dqkv, kept.s[0], drops[0], place.chunks, beside)
+    else:
+        ds, db = plan.qkv.low_backward(dqkv, kept.s[0], place.chunks)
     norm, x, dh = plan.before_attention, kept.h, None
     if norm is None:
         dh = dh1 + dx if needs_dh else None
@@ -270,7 +274,7 @@ def _attention_backward(plan: Plan, dh1: torch.Tensor, place: Place, drops, kept
         dh, x = norm_backward(dx, kept.h, kept.rstd1, norm.weight, norm.style, residual=dh1, emit=True)
     elif plan.qkv.adapted:
         x, _, _ = norm_forward(kept.h, norm.weight, norm.eps, norm.style)
-    return dh, plan.qkv.gradients(x, ds, db, drops[0], place.chunks) + of_o
+    return dh, [beside.add(plan.qkv.gradients, x, ds, db, drops[0], place.chunks), of_o]
 
 
 class _DecoderLayer(torch.autograd.Function):
@@ -296,9 +300,11 @@ class _DecoderLayer(torch.autograd.Function):
         if plan.checkpoint:
             kept = _again(plan, kept.h, place, ctx.drops)
         dout = dout.contiguous()
-        dh1, of_mlp = _mlp_backward(plan, dout, place, ctx.drops, kept)
-        dh, of_attention = _attention_backward(plan, dh1, place, ctx.drops, kept, ctx.needs_input_grad[0])
-        return dh, None, None, *of_attention, *of_mlp
+        beside = Beside(dout.device)
+        dh1, of_mlp = _mlp_backward(plan, dout, place, ctx.drops, kept, beside)
+        dh, of_attention = _attention_backward(plan, dh1, place, ctx.drops, kept, ctx.needs_input_grad[0], beside)
+        beside.finish()
+        return dh, None, None, *(gradient for of_group in of_attention + of_mlp for gradient in of_group.value)
 
 
 def decoder_layer(h: torch.Tensor, plan: Plan, place: Place) -> torch.Tensor:

@@ -36,7 +36,7 @@ def gated_forward(gate_up: Projections, x: torch.Tensor, dropout: Dropout | None
 def gated_backward(
     down: Projections, dz: torch.Tensor, s: torch.Tensor | None, dropout: Dropout | None, chunks: Chunks, both: torch.Tensor, activation: str
 ):  # fmt: skip
-    """dz [M, K] of down's output -> (gradient of ``both`` [M, 2F], hidden [M, F] again, ds, db of :meth:`Projections.backward`)."""
+    """dz [M, K] of down's output -> (gradient of ``both`` [M, 2F], hidden [M, F] again, ds, db of :meth:`Projections.low_backward`)."""
     ds, db = down.low_backward(dz, s, chunks)
     made = None
     if dropout is None:

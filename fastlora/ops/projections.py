@@ -21,9 +21,11 @@ from fastlora.errors import InputError
 from fastlora.kernels.chunks import Chunks
 from fastlora.kernels.columns import Columns
 from fastlora.kernels.gemm import gemm
+from fastlora.kernels.gemm_beside import run as gemm_with_low
 from fastlora.kernels.launch import Dropout
 from fastlora.kernels.project import project
-from fastlora.kernels.token_sum import Sink, sum_a
+from fastlora.kernels.token_sum import Sink, sum_a, sum_b
+from fastlora.ops.beside import Beside, Later
 from fastlora.ops.dropout import module_key
 from fastlora.ops.triton_path import kernel_dropout, low_rank_gradients
 from fastlora.stream import Stream
@@ -188,6 +190,10 @@ class Projections:
 
     def forward(self, x: torch.Tensor, dropout: Dropout | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [M, K] -> (y [M, N], s as of :meth:`low`)."""
+        if self.adapted and dropout is None:
+            made = gemm_with_low(x, self.weight, self.a, self.b, self.bias, transposed=True, layout=self.layout)
+            if made is not None:
+                return made
         s = self.low(x, dropout)
         return self.product(x, s), s
 
@@ -195,27 +201,40 @@ class Projections:
         """x [M, K] and s of :meth:`low` -> y [M, N]."""
         return gemm(x, self.weight, s, self.b, self.bias, transposed=True, layout=self.layout)
 
-    def low_backward(self, dy: torch.Tensor, s: torch.Tensor | None, chunks: Chunks):
-        """dy [M, N] -> (ds [M, columns], db or None in exact mode, where it is added to the sums), or (None, None) without an adapter."""
+    def _sink_b(self) -> Sink | None:
+        sinks = self.sinks()
+        return None if sinks is None else sinks[1]
+
+    def low_backward(self, dy: torch.Tensor, s: torch.Tensor | None, chunks: Chunks) -> tuple[torch.Tensor | None, Later | None]:
+        """dy [M, N] -> (ds [M, columns], db for :meth:`gradients`), or (None, None) without an adapter."""
         if not self.adapted:
             return None, None
-        sinks = self.sinks()
-        db, ds = low_rank_gradients(dy, s, self.b, self.layout, chunks, None if sinks is None else sinks[1])
-        return ds, db
+        db, ds = low_rank_gradients(dy, s, self.b, self.layout, chunks, self._sink_b())
+        return ds, Later(None, db)
 
     def dx(self, dy: torch.Tensor, ds: torch.Tensor | None, dropout: Dropout | None) -> torch.Tensor:
         """dy [M, N] and ds of :meth:`low_backward` -> dx [M, K]."""
         return gemm(dy, self.weight, ds, self.a, transposed=False, dropout=dropout, layout=self.layout)
 
-    def backward(self, dy: torch.Tensor, s: torch.Tensor | None, dropout: Dropout | None, chunks: Chunks, needs_dx: bool = True):
-        """dy [M, N] -> (dx [M, K] or None, ds, db): ds and db go to :meth:`gradients`."""
-        ds, db = self.low_backward(dy, s, chunks)
-        return self.dx(dy, ds, dropout) if needs_dx else None, ds, db
+    def backward(
+        self, dy: torch.Tensor, s: torch.Tensor | None, dropout: Dropout | None, chunks: Chunks, beside: Beside
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Later | None]:
+        """dy [M, N] -> (dx [M, K], ds, db): ds and db go to :meth:`gradients`. What waits in ``beside`` runs beside the product."""
+        with beside.product(dy.shape[0] * self.weight.numel()):
+            if self.adapted and dropout is None:
+                made = gemm_with_low(dy, self.weight, self.b, self.a, None, transposed=False, layout=self.layout)
+                if made is not None:
+                    return *made, beside.add(self._db, dy, s, chunks)
+            ds, db = self.low_backward(dy, s, chunks)
+            return self.dx(dy, ds, dropout), ds, db
+
+    def _db(self, dy: torch.Tensor, s: torch.Tensor, chunks: Chunks) -> torch.Tensor | None:
+        return sum_b(dy, s, self.layout, chunks, sink=self._sink_b())[0]
 
     def gradients(
-        self, x: torch.Tensor, ds: torch.Tensor | None, db: torch.Tensor | None, dropout: Dropout | None, chunks: Chunks
+        self, x: torch.Tensor, ds: torch.Tensor | None, db: Later | None, dropout: Dropout | None, chunks: Chunks
     ) -> list:
-        """Gradients of :attr:`parameters`: None each in exact mode, where dA is added to the sums now."""
+        """Gradients of :attr:`parameters`: None each in exact mode, where dA is added to the sums now. ``db`` has run."""
         if not self.adapted:
             return []
         sinks = self.sinks()
@@ -226,5 +245,5 @@ class Projections:
         for place, (start, width) in enumerate(self.layout.ranges):
             rank = self.layout.ranks[place]
             first = place * self.layout.rank
-            found += [da[first : first + rank], db[start : start + width, :rank]]
+            found += [da[first : first + rank], db.value[start : start + width, :rank]]
         return found

@@ -1,0 +1,83 @@
+"""Sums over tokens that run beside a product, on a second stream.
+
+A product's persistent grid leaves multiprocessors idle where its tiles fill the last turn evenly, and memory nearly so; the sums read much
+and multiply little. They begin when the product does, are over before the next one begins, and what they read is held until then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+
+# Multiplications from which on a product lasts long enough to pay for the waits between two streams.
+LARGE = 2**34
+
+
+@functools.cache
+def _second(index: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(index)
+
+
+class Later:
+    """What a sum gives, once it has run."""
+
+    __slots__ = ("call", "value")
+
+    def __init__(self, call: Callable[[], object] | None, value: object = None) -> None:
+        self.call, self.value = call, value
+
+
+class Beside:
+    """Sums that wait for a product to run beside: one object a backward, on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._waiting: list[Later] = []
+        self._running: list[Callable] = []
+
+    def add(self, call: Callable, *arguments) -> Later:
+        """``call(*arguments)`` is to run beside the next product, or at :meth:`finish`. The current stream must not write what it reads."""
+        later = Later(functools.partial(call, *arguments))
+        self._waiting.append(later)
+        return later
+
+    @contextlib.contextmanager
+    def product(self, multiplications: int) -> Iterator[None]:
+        """A block that starts a product of so many multiplications: what waits at its end runs beside it, or if it is small after it.
+
+        A sum that is added inside must not read what the block makes: it waits for what came before the block alone. The current stream
+        goes on without the sums, until the next product begins.
+        """
+        if self.device.type != "cuda" or multiplications < LARGE:
+            yield
+            self._run()
+            return
+        self._join()
+        main, second = torch.cuda.current_stream(self.device), _second(self.device.index)
+        begun = main.record_event()
+        yield  # the product starts first, or the sums would take its multiprocessors
+        if self._waiting:
+            with torch.cuda.stream(second):
+                second.wait_event(begun)
+                self._running = self._run()
+
+    def finish(self) -> None:
+        """Run what waits; then all has run that was added."""
+        self._run()
+        self._join()
+
+    def _run(self) -> list[Callable]:
+        waiting, self._waiting = self._waiting, []
+        calls = [later.call for later in waiting]
+        for later in waiting:
+            later.value, later.call = later.call(), None
+        return calls
+
+    def _join(self) -> None:
+        if self._running:
+            torch.cuda.current_stream(self.device).wait_stream(_second(self.device.index))
+            # only now may what the sums read be freed: the current stream would write it again
+            self._running = []
