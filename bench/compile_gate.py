@@ -148,7 +148,7 @@ def build_arguments(case: Case):
     signature = {"d_x": blocks(tile.bm, tile.bk), "d_w": across(tile.bn, tile.bk), "d_s": blocks(tile.bm, low)}
     signature |= {"d_b": across(store if case.dropout else tile.bn, low), "p_bias": element, "d_y": blocks(tile.bm, store)}
     signature |= {"p_token": "*i64", "M": "i32"} | drop
-    constants |= dict(PROGRAMS=132, HALVES=tile.halves, FLATTEN=tile.flatten)
+    constants |= dict(HALVES=tile.halves, FLATTEN=tile.flatten)
     return gemm_file.gemm_tma_kernel, tile, signature, constants
 
 

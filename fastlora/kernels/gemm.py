@@ -117,16 +117,16 @@ def gemm_tma_kernel(
     d_x, d_w, d_s, d_b, p_bias, d_y, p_token, M, seed0: tl.int64, seed1: tl.int64, seed2: tl.int64, threshold: tl.int64, keep_scale,
     N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, COUNT: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr,
     DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
-    GROUP: tl.constexpr, PROGRAMS: tl.constexpr, HALVES: tl.constexpr, FLATTEN: tl.constexpr,
+    GROUP: tl.constexpr, HALVES: tl.constexpr, FLATTEN: tl.constexpr,
 ):
     """As :func:`gemm_kernel`; d_* are tensor descriptors, whose loads fill edges with zeros and whose stores clip.
 
-    A persistent grid of PROGRAMS walks the tiles. HALVES: the tile leaves in two halves of BN / 2 columns, which halves the
+    A persistent grid walks the tiles. HALVES: the tile leaves in two halves of BN / 2 columns, which halves the
     shared memory of the store and leaves room for a third pipeline stage.
     """
     num_m = tl.cdiv(M, BM)
     num_n = tl.cdiv(N, BN)
-    for tile in tl.range(tl.program_id(0), num_m * num_n, PROGRAMS, flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLATTEN):
         i_m, i_n = grouped_tile(tile, num_m, num_n, GROUP)
         m0 = i_m * BM
         n0 = i_n * BN
@@ -231,7 +231,6 @@ def _plan(rows, inner, outer, stored, layout, transposed, biased, seeds, dtype, 
     d_s, d_b = d_x, d_w
     if stored:
         d_s, d_b = of_rows(stored, low_rank), across(stored, store if dropout else tile.bn, low_rank)
-    programs = launch.persistent_programs(device)
-    constants |= dict(PROGRAMS=programs, HALVES=tile.halves, FLATTEN=tile.flatten)
+    constants |= dict(HALVES=tile.halves, FLATTEN=tile.flatten)
     describe = d_x, d_w, d_s, d_b, None, of_rows(outer, store)
-    return launch.Launch(gemm_tma_kernel, (min(programs, tiles),), tile, describe, **constants)
+    return launch.Launch(gemm_tma_kernel, (launch.even_programs(tiles, device),), tile, describe, **constants)

@@ -111,7 +111,7 @@ if MISSING is None:
 # Most columns of a group: more, and a row of S takes its program longer than a tile takes the others.
 MOST_COLUMNS = 64
 # How many rows of tiles a program of S makes in the time of one tile: it reads little more than x, where a tile multiplies.
-ROWS_A_TILE = 2
+ROWS_A_TILE = 3
 # Turns of the tiles up to which S is worth it: on an H200 a product of 28 turns took 10 % longer with it, of 8 and 12 no longer than without.
 MOST_TURNS = 16
 # Words of a stream, so the most rows of tiles; and streams that have words of their own.
@@ -168,10 +168,10 @@ _words: dict[int, tuple[torch.Tensor, dict[int, torch.Tensor]]] = {}
 
 def words(device: torch.device) -> torch.Tensor | None:
     """int32 [MOST_ROWS], zeros between launches, for launches on the current stream: those of one stream follow each other. None: all are
-    taken, or would have to be made while a graph is captured, whose memory they must not lie in."""
+    taken, or a graph is captured, which may run on any stream."""
+    if torch.cuda.is_current_stream_capturing():
+        return None
     if device.index not in _words:
-        if torch.cuda.is_current_stream_capturing():
-            return None
         _words[device.index] = torch.zeros(MOST_STREAMS, MOST_ROWS, dtype=torch.int32, device=device), {}
         torch.cuda.synchronize(device)  # other streams use them too
     free, taken = _words[device.index]

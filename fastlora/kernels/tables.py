@@ -130,7 +130,7 @@ def _token_sum_hopper(rank: int, with_ds: bool, narrow: bool, apart: bool) -> Ti
     if rank <= 32:
         return Tile(64, 128, warps=4, stages=4, each=1) if narrow else Tile(64, 64, warps=4, stages=4)
     if rank <= 64:
-        return Tile(64, 128, warps=8, stages=4, each=1) if narrow and not apart else Tile(64, 64, warps=4, stages=4, each=1)
+        return Tile(64, 128, warps=8, stages=4, each=1) if narrow and not apart else Tile(64, 64, warps=4, stages=5 if apart else 4, each=1)
     return Tile(64, 64, warps=8, stages=3)
 
 
