@@ -4,10 +4,11 @@
     dS = s dY B       [M, r]       dX = dY W + D'(dS A)           [M, K]
     dB = dY^T S       [N, r]       dA = dS^T D(x)                 [r, K]
 
-The maths on torch: ops/reference.py; on Triton: ops/triton_path.py. Ordinary mode is the registered operator
-``torch.ops.fastlora.lora_linear`` (fakes and autograd registered, so torch.compile traces it without a break) and fills
-``.grad``. Exact mode adds to the integer sums of fastlora/exact.py in its backward and returns None for A and B, because torch
-would cast an integer gradient silently; it is an eager autograd function over the same two implementations.
+The maths on torch: ops/reference.py; on Triton: ops/triton_path.py. Ordinary mode fills ``.grad``. Exact mode adds to the integer
+sums of fastlora/exact.py in its backward and returns None for A and B, because torch would cast an integer gradient silently. Both
+are one autograd function over these two implementations. What looks at operators (torch.compile, fakes, dispatch modes, functorch)
+finds ordinary mode as ``torch.ops.fastlora.lora_linear``, with a fake and an autograd formula; an eager call of it would cost more
+on the host than all of the function.
 
 Source of the method: Hu et al., "LoRA" (2021); rank-stabilised scaling: Kalajdzievski, "rsLoRA" (2023).
 """
@@ -33,21 +34,25 @@ _LIBRARY.define(
 )
 
 
+def _as_given(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return a, b
+
+
+def _backward_reference(*arguments, rank: int, **options):
+    return reference.backward_ref(*arguments, **options)
+
+
 def _implementation(x: torch.Tensor):
-    """(forward, backward) for the backend of this tensor. Dtypes are settled by then, so both run without autocast."""
-    forward, backward = _by_backend(x)
-    if not torch.is_autocast_enabled(x.device.type):
-        return forward, backward
-    plain = torch.autocast(x.device.type, enabled=False)
-    return plain(forward), plain(backward)
-
-
-def _by_backend(x: torch.Tensor):
+    """(what makes A and B ready, forward, backward) for the backend of this tensor."""
     if backend.pick(x) == "triton":
         from fastlora.ops import triton_path  # imported on first use: triton is absent on macOS and Windows
 
-        return triton_path.forward_triton, triton_path.backward_triton
-    return reference.forward_ref, reference.backward_ref
+        return triton_path.padded_factors, triton_path.forward_triton, triton_path.backward_triton
+    if not torch.is_autocast_enabled(x.device.type):
+        return _as_given, reference.forward_ref, _backward_reference
+    # Dtypes are settled by then; autocast would have products of fp32 rounded.
+    plain = torch.autocast(x.device.type, enabled=False)
+    return _as_given, plain(reference.forward_ref), plain(_backward_reference)
 
 
 def _key(dropout: float, seed: int, tokens: torch.Tensor | None) -> DropoutKey | None:
@@ -55,12 +60,15 @@ def _key(dropout: float, seed: int, tokens: torch.Tensor | None) -> DropoutKey |
 
 
 def _forward(x, weight, a, b, scale, bias, dropout, seed, tokens):
-    return _implementation(x)[0](x, weight, a, b, scale, bias, dropout, _key(dropout, seed, tokens))
+    ready, run, _ = _implementation(x)
+    return run(x, weight, *ready(a, b, x.dtype), scale, bias, dropout, _key(dropout, seed, tokens))
 
 
 def _backward(dy, x, weight, a, b, s, scale, dropout, seed, tokens, needs_dx):
-    dx, da, db = _implementation(x)[1](
-        dy, x, weight, a, b, s, scale, dropout, _key(dropout, seed, tokens), needs_dx=needs_dx
+    ready, _, run = _implementation(x)
+    low_a, low_b = ready(a, b, x.dtype)
+    dx, da, db = run(
+        dy, x, weight, low_a, low_b, s, scale, dropout, _key(dropout, seed, tokens), rank=a.shape[0], needs_dx=needs_dx
     )
     if dx is None:
         dx = x.new_empty(0)
@@ -116,35 +124,64 @@ torch.library.register_autograd(
 )
 
 
-class _ExactLoraLinear(torch.autograd.Function):
-    """The same operation in exact mode: its backward adds to integer sums."""
+class _LoraLinear(torch.autograd.Function):
+    """The operation of eager calls, in both modes. ``call``: (scale, dropout, key, sums) of :func:`lora_linear`."""
 
     # Rows are flattened in here: as operations of their own they would be two more nodes of the graph.
     @staticmethod
-    def forward(ctx, x, weight, a, b, scale, bias, dropout, key, sums):
-        flat = x.reshape(-1, x.shape[-1])
-        forward, ctx.run_backward = _implementation(flat)
-        if backend.pick(flat) == "triton":
-            from fastlora.ops import triton_path
-
-            # cast and padded once for both directions
-            a, b = triton_path.padded_factors(a, b, x.dtype)
-        y, s = forward(flat, weight, a, b, scale, bias, dropout, key)
-        ctx.save_for_backward(x, weight, a, b, s)
-        ctx.scale, ctx.dropout, ctx.key, ctx.sums = scale, dropout, key, sums
+    def forward(ctx, x, weight, a, b, bias, call):
+        scale, dropout, key, _ = ctx.call = call
+        ready, run, ctx.run_backward = _implementation(x)
+        # cast and padded once for both directions
+        low_a, low_b = ready(a, b, x.dtype)
+        y, s = run(_rows(x), weight, low_a, low_b, scale, bias, dropout, key)
+        ctx.save_for_backward(x, weight, low_a, low_b, s)
+        ctx.set_materialize_grads(False)
+        ctx.rank, ctx.dtypes = a.shape[0], (a.dtype, b.dtype)
         # a view made in here would refuse what is done in place to it
-        return y.resize_(*x.shape[:-1], weight.shape[0])
+        return y if x.dim() == 2 else y.resize_(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, weight, a, b, s = ctx.saved_tensors
-        with ctx.sums[0].adding() as sums_a, ctx.sums[1].adding() as sums_b:
-            dx, _, _ = ctx.run_backward(
-                dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), weight, a, b, s, ctx.scale, ctx.dropout, ctx.key,
-                needs_dx=ctx.needs_input_grad[0], sums_a=sums_a, sums_b=sums_b,
-            )  # fmt: skip
-        return (dx if dx is None or x.dim() == 2 else dx.view(x.shape),) + (None,) * 8
+        if dy is None:
+            return (None,) * 6
+        # the wrapper that refuses a second derivative has nothing to do where no graph is made
+        return _refusing_a_second(ctx, dy) if torch.is_grad_enabled() else _gradients(ctx, dy)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _gradients(ctx, dy):
+    """What the backward of :class:`_LoraLinear` returns; in exact mode A's and B's gradients are added to the sums."""
+    x, weight, a, b, s = ctx.saved_tensors
+    scale, dropout, key, sums = ctx.call
+    arguments = _rows(dy), _rows(x), weight, a, b, s, scale, dropout, key
+    needs_dx = ctx.needs_input_grad[0]
+    if sums is None:
+        dx, da, db = ctx.run_backward(*arguments, rank=ctx.rank, needs_dx=needs_dx)
+        da, db = (gradient.to(dtype) for gradient, dtype in zip((da, db), ctx.dtypes))
+    else:
+        da = db = None
+        with sums[0].adding() as sums_a, sums[1].adding() as sums_b:
+            dx, _, _ = ctx.run_backward(*arguments, rank=ctx.rank, needs_dx=needs_dx, sums_a=sums_a, sums_b=sums_b)
+    return dx if dx is None or x.dim() == 2 else dx.view(x.shape), None, da, db, None, None
+
+
+_refusing_a_second = torch.autograd.function.once_differentiable(_gradients)
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+
+
+def _watched(*tensors: torch.Tensor) -> bool:
+    """Whether something looks at operators: a compiler, a dispatch mode, a transform, or a tensor of another kind (a fake)."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or not _PLAIN.issuperset(map(type, tensors))
+    )
 
 
 def check(x, weight, a, b, bias, dropout, key) -> None:
@@ -202,8 +239,8 @@ def lora_linear(x, weight, a, b, scale, bias=None, *, dropout=0.0, key=None, sum
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     check(x, weight, a, b, bias, dropout, key)
-    if sums is not None:
-        return _ExactLoraLinear.apply(x, weight, a, b, scale, bias, dropout, key, sums)
+    if sums is not None or not _watched(x, weight, a, b):
+        return _LoraLinear.apply(x, weight, a, b, bias, (scale, dropout, key, sums))
     seed, tokens = (0, None) if dropout == 0.0 else (key.seed, key.tokens)
     flat = x.reshape(-1, x.shape[-1])
     y, _ = torch.ops.fastlora.lora_linear(flat, weight, a, b, scale, bias, dropout, seed, tokens)

@@ -46,23 +46,25 @@ def padded_factors(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> tupl
 
 
 def forward_triton(x, weight, a, b, scale, bias=None, dropout=0.0, key=None):
-    """(y [M, N], s [M, R]); R the padded rank. See ``reference.forward_ref``."""
+    """(y [M, N], s [M, R]); a and b are those of :func:`padded_factors`, R their padded rank. See ``reference.forward_ref``."""
     x, weight = kernel_ready(x), kernel_ready(weight)
-    layout = single(a.shape[0], weight.shape[0], scale)
-    a, b = padded_factors(a, b, x.dtype)
-    s = project(x, a, layout, _dropout(dropout, key))
+    s = project(x, a, single(a.shape[0], weight.shape[0], scale), _dropout(dropout, key))
     bias = None if bias is None else kernel_ready(bias)
     return gemm(x, weight, s, b, bias, transposed=True), s
 
 
 def backward_triton(
-    dy, x, weight, a, b, s, scale, dropout=0.0, key=None, *, needs_dx=True, sums_a=None, sums_b=None, chunks=None
+    dy, x, weight, a, b, s, scale, dropout=0.0, key=None, *, rank=None, needs_dx=True, sums_a=None, sums_b=None, chunks=None
 ):
-    """(dx or None, da or None, db or None). See ``reference.backward_ref``; ``chunks``: of the token sums, None: those of the stream."""
-    dy, x, weight, s = kernel_ready(dy), kernel_ready(x), kernel_ready(weight), kernel_ready(s)
-    # a and b may be padded already (exact mode keeps the forward's copies): the sums know the rank then
-    rank = a.shape[0] if sums_a is None else sums_a.total.shape[0]
-    a, b = padded_factors(a, b, x.dtype)
+    """(dx or None, da or None, db or None); a and b as in the forward. See ``reference.backward_ref``.
+
+    ``rank``: rows of da and columns of db; None: those of the sums, or the padded rank without sums. ``chunks``: of the token sums, None:
+    those of the stream.
+    """
+    # what hooks on saved tensors hand back may lie anywhere
+    dy, x, weight, a, b, s = (kernel_ready(tensor) for tensor in (dy, x, weight, a, b, s))
+    if rank is None:
+        rank = a.shape[0] if sums_a is None else sums_a.total.shape[0]
     drop = _dropout(dropout, key)
     layout = single(rank, dy.shape[1], scale)
     chunks = chunks_here(dy) if chunks is None else chunks
