@@ -161,7 +161,7 @@ def _gradients(ctx, dy):
     needs_dx = ctx.needs_input_grad[0]
     if sums is None:
         dx, da, db = ctx.run_backward(*arguments, rank=ctx.rank, needs_dx=needs_dx)
-        da, db = (gradient.to(dtype) for gradient, dtype in zip((da, db), ctx.dtypes))
+        da, db = da.to(ctx.dtypes[0]), db.to(ctx.dtypes[1])
     else:
         da = db = None
         with sums[0].adding() as sums_a, sums[1].adding() as sums_b:
@@ -186,16 +186,15 @@ def _watched(*tensors: torch.Tensor) -> bool:
 
 def check(x, weight, a, b, bias, dropout, key) -> None:
     """Raise InputError, by name, unless the arguments are what :func:`lora_linear` takes."""
-    if weight.dim() != 2 or a.dim() != 2 or b.dim() != 2:
-        raise InputError(f"weight, a, b: shapes {tuple(weight.shape)}, {tuple(a.shape)}, {tuple(b.shape)}; allowed: 2-D")
-    outer, inner = weight.shape
-    rank = a.shape[0]
+    shape, shape_a, shape_b = weight.shape, a.shape, b.shape
+    if not len(shape) == len(shape_a) == len(shape_b) == 2:
+        raise InputError(f"weight, a, b: shapes {tuple(shape)}, {tuple(shape_a)}, {tuple(shape_b)}; allowed: 2-D")
+    outer, inner = shape
+    rank = shape_a[0]
     if x.dim() == 0 or x.shape[-1] != inner:
-        raise InputError(f"x: shape {tuple(x.shape)}; its last size must be {inner}, as weight is {tuple(weight.shape)}")
-    if a.shape[1] != inner or b.shape != (outer, rank):
-        raise InputError(
-            f"a, b: shapes {tuple(a.shape)}, {tuple(b.shape)}; allowed: [r, {inner}] and [{outer}, r] with one r"
-        )
+        raise InputError(f"x: shape {tuple(x.shape)}; its last size must be {inner}, as weight is {tuple(shape)}")
+    if shape_a[1] != inner or shape_b != (outer, rank):
+        raise InputError(f"a, b: shapes {tuple(shape_a)}, {tuple(shape_b)}; allowed: [r, {inner}] and [{outer}, r] with one r")
     if not 1 <= rank <= MAX_RANK:
         raise InputError(f"a: rank {rank}; allowed: 1 to {MAX_RANK}")
     if x.dtype not in _DTYPES or weight.dtype != x.dtype:
@@ -206,8 +205,8 @@ def check(x, weight, a, b, bias, dropout, key) -> None:
         raise InputError(f"bias: {bias.dtype} {tuple(bias.shape)}; allowed: {x.dtype} [{outer}]")
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise InputError("weight, bias: requires_grad is True; the base is frozen, call requires_grad_(False) on it")
-    check_probability(dropout)
-    if dropout > 0.0:
+    if dropout != 0.0:
+        check_probability(dropout)
         rows = x.numel() // inner if inner else 0
         have = "None" if key is None else f"a DropoutKey of {key.tokens.numel()} tokens"
         if key is None or key.tokens.numel() != rows:

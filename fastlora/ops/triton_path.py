@@ -41,7 +41,7 @@ def _dropout(p: float, key) -> Dropout | None:
 def padded_factors(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """A [R, K] and B [N, R] cast to ``dtype`` and padded with zeros; themselves, where they are so already."""
     a, b = kernel_ready(a), kernel_ready(b)
-    done = a.shape[0] == padded_rank(a.shape[0]) and a.dtype == dtype == b.dtype
+    done = a.dtype == dtype == b.dtype and a.shape[0] == padded_rank(a.shape[0])
     return (a, b) if done else copy_factors(a, b, dtype)
 
 
@@ -62,7 +62,7 @@ def backward_triton(
     those of the stream.
     """
     # what hooks on saved tensors hand back may lie anywhere
-    dy, x, weight, a, b, s = (kernel_ready(tensor) for tensor in (dy, x, weight, a, b, s))
+    dy, x, weight, a, b, s = [kernel_ready(tensor) for tensor in (dy, x, weight, a, b, s)]
     if rank is None:
         rank = a.shape[0] if sums_a is None else sums_a.total.shape[0]
     drop = _dropout(dropout, key)
@@ -76,9 +76,14 @@ def backward_triton(
 
 def chunks_here(rows: torch.Tensor) -> Chunks:
     """Chunks of the token sums: those of the active stream if the tensor's rows are its tokens, else fixed ones."""
-    current = stream.active()
-    spans = current.spans if current is not None and current.total == rows.shape[0] else None
-    return chunks_of(rows.shape[0], spans, rows.device)
+    current, count, device = stream.active(), rows.shape[0], rows.device
+    if current is None or current.total != count:
+        return chunks_of(count, None, device)
+    # kept with the stream: to look up spans is to hash each of them
+    found = current.chunks.get(device)
+    if found is None:
+        found = current.chunks[device] = chunks_of(count, current.spans, device)
+    return found
 
 
 def low_rank_gradients(dy, s, b, layout, chunks, sink):
