@@ -43,6 +43,6 @@ def copy_factors(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> tuple[
     """A [r, K] and B [N, r], contiguous, of any floating dtypes -> [R, K] and [N, R] in ``dtype``; R the padded rank."""
     (rank, inner), outer = a.shape, b.shape[0]
     made, padded = _plan(rank, inner, outer, a.dtype, b.dtype, dtype, a.device)
-    a_out, b_out = a.new_empty((padded, inner), dtype=dtype), b.new_empty((outer, padded), dtype=dtype)
+    a_out, b_out = launch.empty(a, padded, inner, dtype=dtype), launch.empty(b, outer, padded, dtype=dtype)
     made(a, b, a_out, b_out)
     return a_out, b_out

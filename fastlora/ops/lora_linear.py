@@ -35,24 +35,27 @@ _LIBRARY.define(
 
 
 def _as_given(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    return a, b
+    return a, b  # the reference casts them itself
 
 
-def _backward_reference(*arguments, rank: int, **options):
-    return reference.backward_ref(*arguments, **options)
+# Dtypes are settled by then; autocast would round the reference's fp32 products.
+def _forward_reference(x, *rest):
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.forward_ref(x, *rest)
+
+
+def _backward_reference(dy, *rest, rank: int, **options):
+    with torch.autocast(dy.device.type, enabled=False):
+        return reference.backward_ref(dy, *rest, **options)
 
 
 def _implementation(x: torch.Tensor):
     """(what makes A and B ready, forward, backward) for the backend of this tensor."""
-    if backend.pick(x) == "triton":
-        from fastlora.ops import triton_path  # imported on first use: triton is absent on macOS and Windows
+    if backend.pick(x) != "triton":
+        return _as_given, _forward_reference, _backward_reference
+    from fastlora.ops import triton_path  # imported on first use: triton is absent on macOS and Windows
 
-        return triton_path.padded_factors, triton_path.forward_triton, triton_path.backward_triton
-    if not torch.is_autocast_enabled(x.device.type):
-        return _as_given, reference.forward_ref, _backward_reference
-    # Dtypes are settled by then; autocast would have products of fp32 rounded.
-    plain = torch.autocast(x.device.type, enabled=False)
-    return _as_given, plain(reference.forward_ref), plain(_backward_reference)
+    return triton_path.padded_factors, triton_path.forward_triton, triton_path.backward_triton
 
 
 def _key(dropout: float, seed: int, tokens: torch.Tensor | None) -> DropoutKey | None:
@@ -171,6 +174,9 @@ def _gradients(ctx, dy):
 
 _refusing_a_second = torch.autograd.function.once_differentiable(_gradients)
 
+# Function.apply without its own looks for functorch: they cost more than a launch, and _watched has looked
+_apply = super(torch.autograd.Function, _LoraLinear).apply
+
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
@@ -181,6 +187,7 @@ def _watched(*tensors: torch.Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or not _PLAIN.issuperset(map(type, tensors))
+        or any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
     )
 
 
@@ -233,13 +240,16 @@ def lora_linear(x, weight, a, b, scale, bias=None, *, dropout=0.0, key=None, sum
     Raises:
         InputError: a shape, dtype, rank or probability that is not allowed, by name.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):  # a device's name is slow to make
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     check(x, weight, a, b, bias, dropout, key)
-    if sums is not None or not _watched(x, weight, a, b):
-        return _LoraLinear.apply(x, weight, a, b, bias, (scale, dropout, key, sums))
+    call = scale, dropout, key, sums
+    if not _watched(x, weight, a, b):
+        return _apply(x, weight, a, b, bias, call)
+    if sums is not None:
+        return _LoraLinear.apply(x, weight, a, b, bias, call)
     seed, tokens = (0, None) if dropout == 0.0 else (key.seed, key.tokens)
     flat = x.reshape(-1, x.shape[-1])
     y, _ = torch.ops.fastlora.lora_linear(flat, weight, a, b, scale, bias, dropout, seed, tokens)

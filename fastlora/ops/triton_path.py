@@ -16,7 +16,7 @@ from fastlora.kernels.gemm import gemm
 from fastlora.kernels.launch import Dropout, padded_rank
 from fastlora.kernels.project import project
 from fastlora.kernels.tables import DS_IN_TOKEN_SUM_MAX_RANK
-from fastlora.kernels.token_sum import Sink, sum_a, sum_b
+from fastlora.kernels.token_sum import sum_a, sum_b
 from fastlora.ops.dropout import keep_scale, threshold
 
 
@@ -68,9 +68,9 @@ def backward_triton(
     drop = _dropout(dropout, key)
     layout = single(rank, dy.shape[1], scale)
     chunks = chunks_here(dy) if chunks is None else chunks
-    db, ds = low_rank_gradients(dy, s, b, layout, chunks, None if sums_b is None else Sink.of(sums_b))
+    db, ds = low_rank_gradients(dy, s, b, layout, chunks, sums_b)
     dx = gemm(dy, weight, ds, a, transposed=False, dropout=drop) if needs_dx else None
-    da = sum_a(x, ds, layout, chunks, sink=None if sums_a is None else Sink.of(sums_a), dropout=drop)
+    da = sum_a(x, ds, layout, chunks, sink=sums_a, dropout=drop)
     return dx, da, db
 
 
