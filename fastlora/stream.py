@@ -123,7 +123,7 @@ class Stream:
             start = stop
         return tuple(spans)
 
-    @property
+    @functools.cached_property
     def total(self) -> int:
         """Tokens of the whole stream, padding included."""
         return self.spans[-1][1] if self.lengths else 0
@@ -153,6 +153,11 @@ class Stream:
     def token_keys(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """int64 [total]: splitmix64 of (sample id, position), the dropout counter of each token."""
         return self._on(device)[1]
+
+    @functools.cached_property
+    def chunks(self) -> dict:
+        """The token sums' chunks of this stream by device, once the kernels have asked for them."""
+        return {}
 
     @functools.cached_property
     def _device_cache(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -134,15 +134,17 @@ class TokenSum:
             self.stats[3] += small
             self.chunks += 1
 
-    def count(self, n_chunks: int) -> None:
-        """Note that a kernel added ``n_chunks`` partials to ``total`` and ``stats`` by itself.
+    def count(self, n_chunks: int) -> int:
+        """Note that a kernel adds ``n_chunks`` partials to ``total`` and ``stats`` by itself; the number of the first of them.
 
         Raises:
             TrainingError: the exact block of this sum has ended.
         """
         self._must_accept()
         with self._lock:
+            first = self.chunks
             self.chunks += int(n_chunks)
+        return first
 
     def merge_(self, other: TokenSum, into: torch.Tensor | None = None) -> TokenSum:
         """Add another sum (what an all-reduce does: SUM, MIN, MAX, SUM); returns itself.

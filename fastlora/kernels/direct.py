@@ -46,7 +46,7 @@ class Direct:
             if make is None:
                 given[place : place + 1] = self.encode(one, meta)
                 continue
-            key = (make, one.data_ptr(), one.shape[0], one.stride(0))
+            key = (make, one.data_ptr(), one.shape, one.stride())
             found = self._kept.get(key)
             if found is None:
                 found = self._encoded(key, one if one.is_cuda else refuse(one), meta, make)

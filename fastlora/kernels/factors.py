@@ -31,17 +31,18 @@ def factors_kernel(
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(rank, inner, outer, of_a, of_b, dtype, device) -> launch.Launch:
-    """The launch of one shape; it keeps one binary, so the dtypes of a, of b and of the copies are told too."""
+def _plan(rank, inner, outer, of_a, of_b, dtype, device) -> tuple[launch.Launch, int]:
+    """(the launch of one shape, the padded rank); a launch keeps one binary, so the dtypes of a, of b and of the copies are told too."""
     padded, block = launch.padded_rank(rank), FACTORS_TILE.bm
     blocks = launch.cdiv(padded * inner, block) + launch.cdiv(outer * padded, block)
-    return launch.Launch(factors_kernel, (blocks,), FACTORS_TILE, RANK=rank, R=padded, K=inner, N=outer, BLOCK=block)
+    made = launch.Launch(factors_kernel, (blocks,), FACTORS_TILE, RANK=rank, R=padded, K=inner, N=outer, BLOCK=block)
+    return made, padded
 
 
 def copy_factors(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """A [r, K] and B [N, r], contiguous, of any floating dtypes -> [R, K] and [N, R] in ``dtype``; R the padded rank."""
-    rank, inner = a.shape
-    outer, padded = b.shape[0], launch.padded_rank(rank)
-    a_out, b_out = a.new_empty((padded, inner), dtype=dtype), b.new_empty((outer, padded), dtype=dtype)
-    _plan(rank, inner, outer, a.dtype, b.dtype, dtype, a.device)(a, b, a_out, b_out)
+    (rank, inner), outer = a.shape, b.shape[0]
+    made, padded = _plan(rank, inner, outer, a.dtype, b.dtype, dtype, a.device)
+    a_out, b_out = launch.empty(a, padded, inner, dtype=dtype), launch.empty(b, outer, padded, dtype=dtype)
+    made(a, b, a_out, b_out)
     return a_out, b_out

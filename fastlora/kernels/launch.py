@@ -23,8 +23,9 @@ from fastlora.kernels.tables import (
 )
 
 __all__ = [
-    "Dropout", "Launch", "arch_at", "arch_of", "can_use_tma", "cdiv", "current_stream", "describer", "descriptor", "dropout_arguments", "even_programs",
-    "gemm_specialized_tile", "gemm_tile", "is_ragged", "padded_rank", "persistent_programs", "project_tile", "reduce_tile", "run", "token_sum_tile",
+    "Dropout", "Launch", "arch_at", "arch_of", "can_use_tma", "cdiv", "current_stream", "describer", "descriptor", "dropout_arguments", "empty",
+    "even_programs", "gemm_specialized_tile", "gemm_tile", "is_ragged", "padded_rank", "persistent_programs", "project_tile", "reduce_tile", "run",
+    "token_sum_tile",
 ]  # fmt: skip
 
 _BY_CAPABILITY = ((12, 0, "sm_120"), (10, 0, "sm_100"), (9, 0, "sm_90"), (8, 9, "sm_89"), (8, 6, "sm_86"), (8, 0, "sm_80"))
@@ -155,6 +156,21 @@ def dropout_arguments(dropout: Dropout | None, filler: torch.Tensor) -> _Dropout
 
 # torch.cuda.current_device without its look whether CUDA was started: a kept launch has been launched
 _current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+# torch.empty_strided past the dispatcher, which costs more than the allocation: on the current device, as torch.compile's code calls it
+_empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+
+
+def empty(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A contiguous tensor of any values on the device of ``like``, in its dtype or in ``dtype``."""
+    dtype = dtype or like.dtype
+    if _empty_strided is None or not like.is_cuda or like.get_device() != _current_device():
+        return like.new_empty(shape, dtype=dtype)
+    strides, step = (), 1
+    for size in reversed(shape):
+        strides, step = (step, *strides), step * size
+    return _empty_strided(shape, strides, dtype)
+
 
 # (binary, constants in the kernel's order, how to start it directly or None, the kernel: while it is held here, no other one can have its id)
 _binaries: dict[tuple, tuple] = {}

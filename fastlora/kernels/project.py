@@ -74,7 +74,7 @@ def project(x, weight, layout, dropout=None, *, transposed=False):
         [M, R] in x's dtype, rounded once from fp32.
     """
     rows, features = x.shape
-    out = x.new_empty((rows, layout.columns))
+    out = launch.empty(x, rows, layout.columns)
     if rows == 0:
         return out
     made, scales = _plan(rows, features, layout, transposed, dropout is not None, x.dtype, x.device)

@@ -67,4 +67,4 @@ def pick(tensor: torch.Tensor) -> str:
         return _forced[-1]
     if not tensor.is_cuda:
         return "reference"
-    return explain(tensor.device, tensor.dtype)[0]
+    return _explain_cuda(tensor.get_device(), tensor.dtype)[0]

@@ -16,7 +16,7 @@ from fastlora.kernels.gemm import gemm
 from fastlora.kernels.launch import Dropout, padded_rank
 from fastlora.kernels.project import project
 from fastlora.kernels.tables import DS_IN_TOKEN_SUM_MAX_RANK
-from fastlora.kernels.token_sum import Sink, sum_a, sum_b
+from fastlora.kernels.token_sum import sum_a, sum_b
 from fastlora.ops.dropout import keep_scale, threshold
 
 
@@ -41,42 +41,49 @@ def _dropout(p: float, key) -> Dropout | None:
 def padded_factors(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """A [R, K] and B [N, R] cast to ``dtype`` and padded with zeros; themselves, where they are so already."""
     a, b = kernel_ready(a), kernel_ready(b)
-    done = a.shape[0] == padded_rank(a.shape[0]) and a.dtype == dtype == b.dtype
+    done = a.dtype == dtype == b.dtype and a.shape[0] == padded_rank(a.shape[0])
     return (a, b) if done else copy_factors(a, b, dtype)
 
 
 def forward_triton(x, weight, a, b, scale, bias=None, dropout=0.0, key=None):
-    """(y [M, N], s [M, R]); R the padded rank. See ``reference.forward_ref``."""
+    """(y [M, N], s [M, R]); a and b are those of :func:`padded_factors`, R their padded rank. See ``reference.forward_ref``."""
     x, weight = kernel_ready(x), kernel_ready(weight)
-    layout = single(a.shape[0], weight.shape[0], scale)
-    a, b = padded_factors(a, b, x.dtype)
-    s = project(x, a, layout, _dropout(dropout, key))
+    s = project(x, a, single(a.shape[0], weight.shape[0], scale), _dropout(dropout, key))
     bias = None if bias is None else kernel_ready(bias)
     return gemm(x, weight, s, b, bias, transposed=True), s
 
 
 def backward_triton(
-    dy, x, weight, a, b, s, scale, dropout=0.0, key=None, *, needs_dx=True, sums_a=None, sums_b=None, chunks=None
+    dy, x, weight, a, b, s, scale, dropout=0.0, key=None, *, rank=None, needs_dx=True, sums_a=None, sums_b=None, chunks=None
 ):
-    """(dx or None, da or None, db or None). See ``reference.backward_ref``; ``chunks``: of the token sums, None: those of the stream."""
-    dy, x, weight, s = kernel_ready(dy), kernel_ready(x), kernel_ready(weight), kernel_ready(s)
-    # a and b may be padded already (exact mode keeps the forward's copies): the sums know the rank then
-    rank = a.shape[0] if sums_a is None else sums_a.total.shape[0]
-    a, b = padded_factors(a, b, x.dtype)
+    """(dx or None, da or None, db or None); a and b as in the forward. See ``reference.backward_ref``.
+
+    ``rank``: rows of da and columns of db; None: those of the sums, or the padded rank without sums. ``chunks``: of the token sums, None:
+    those of the stream.
+    """
+    # what hooks on saved tensors hand back may lie anywhere
+    dy, x, weight, a, b, s = [kernel_ready(tensor) for tensor in (dy, x, weight, a, b, s)]
+    if rank is None:
+        rank = a.shape[0] if sums_a is None else sums_a.total.shape[0]
     drop = _dropout(dropout, key)
     layout = single(rank, dy.shape[1], scale)
     chunks = chunks_here(dy) if chunks is None else chunks
-    db, ds = low_rank_gradients(dy, s, b, layout, chunks, None if sums_b is None else Sink.of(sums_b))
+    db, ds = low_rank_gradients(dy, s, b, layout, chunks, sums_b)
     dx = gemm(dy, weight, ds, a, transposed=False, dropout=drop) if needs_dx else None
-    da = sum_a(x, ds, layout, chunks, sink=None if sums_a is None else Sink.of(sums_a), dropout=drop)
+    da = sum_a(x, ds, layout, chunks, sink=sums_a, dropout=drop)
     return dx, da, db
 
 
 def chunks_here(rows: torch.Tensor) -> Chunks:
     """Chunks of the token sums: those of the active stream if the tensor's rows are its tokens, else fixed ones."""
-    current = stream.active()
-    spans = current.spans if current is not None and current.total == rows.shape[0] else None
-    return chunks_of(rows.shape[0], spans, rows.device)
+    current, count, device = stream.active(), rows.shape[0], rows.device
+    if current is None or current.total != count:
+        return chunks_of(count, None, device)
+    # kept with the stream: to look up spans is to hash each of them
+    found = current.chunks.get(device)
+    if found is None:
+        found = current.chunks[device] = chunks_of(count, current.spans, device)
+    return found
 
 
 def low_rank_gradients(dy, s, b, layout, chunks, sink):

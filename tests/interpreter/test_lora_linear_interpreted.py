@@ -73,6 +73,26 @@ def test_lora_linear_matches_reference(case, dtype):
         assert worst <= bound(case, dtype, theirs)
 
 
+@pytest.mark.parametrize("of", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("case", [CASES[1], (64, 96, 32, 20, 0.5, True)], ids=["rank 3", "rank 20"])
+def test_an_eager_call_has_the_operator_s_bits(case, of):
+    """Which copies A and B itself, in each direction."""
+    results = []
+    for operator in (False, True):
+        x, weight, a, b, dy, bias, dropout, key = make(case, torch.float16)
+        a, b = (t.detach().to(of).requires_grad_() for t in (a, b))
+        seed, tokens = (0, None) if key is None else (key.seed, key.tokens)
+        with backend.use("triton"):
+            if operator:
+                y, _ = torch.ops.fastlora.lora_linear(x, weight, a, b, 1.5, bias, dropout, seed, tokens)
+            else:
+                y = lora_linear(x, weight, a, b, 1.5, bias, dropout=dropout, key=key)
+            y.backward(dy)
+        assert a.grad.dtype == b.grad.dtype == of and a.grad.shape == a.shape and b.grad.shape == b.shape
+        results.append((y, x.grad, a.grad, b.grad))
+    assert all(torch.equal(*pair) for pair in zip(*results))
+
+
 @pytest.mark.parametrize("case", CASES[:5], ids=lambda c: "M{}-K{}-N{}-r{}-p{}-bias{:d}".format(*c))
 def test_lora_linear_exact_sums_match_reference(case):
     _, _, sum_a, sum_b = run("triton", case, torch.float32, exact=True)

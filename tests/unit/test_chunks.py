@@ -7,7 +7,9 @@ import torch
 
 pytest.importorskip("triton", reason="kernels need triton")
 
+from fastlora import stream
 from fastlora.kernels.chunks import LONGEST, LONGEST_ALONE, UNIT, chunks_of
+from fastlora.ops.triton_path import chunks_here
 
 CPU = torch.device("cpu")
 
@@ -44,3 +46,13 @@ def test_chunks_of_rows_without_usable_documents_are_fixed(rows, spans):
     chunks = chunks_of(rows, spans, CPU)
     assert starts_of(chunks) == list(range(0, chunks.units, LONGEST_ALONE // UNIT))
     assert chunks.count == -(-rows // LONGEST_ALONE)
+
+
+def test_chunks_here_are_the_stream_s_own_and_kept_with_it():
+    one, other = (stream.Stream(lengths, UNIT, (0,) * len(lengths)) for lengths in ((640,), (64, 576)))
+    for current, wanted in ((one, [0, 8]), (other, [0, 1, 9]), (one, [0, 8])):
+        with stream.use(current):
+            found = chunks_here(torch.zeros(640, 1))
+            assert starts_of(found) == wanted and chunks_here(torch.zeros(640, 1)) is found
+            assert chunks_here(torch.zeros(64, 1)).count == 1
+    assert starts_of(chunks_here(torch.zeros(640, 1))) == [0, 2, 4, 6, 8]

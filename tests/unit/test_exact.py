@@ -67,6 +67,11 @@ def test_add_is_safe_from_threads() -> None:
     assert (s.chunks, s.stats.tolist()) == (64, want.stats.tolist())
 
 
+def test_count_tells_the_number_of_the_first_chunk() -> None:
+    total = TokenSum((2, 2))
+    assert [total.count(3), total.count(2), total.chunks] == [0, 3, 5]
+
+
 def test_merge_equals_one_sum_over_everything() -> None:
     partials = draws(12, (6,))
     partials[9][2] = float("nan")

@@ -66,3 +66,25 @@ def test_the_dtype_of_a_parameter_decides_the_binary(gpu):
     for dtype in (torch.float32, torch.bfloat16, torch.float32):
         launch.run(kernel, (1,), Tile(1), x, torch.nn.Parameter(torch.zeros(4, dtype=dtype).as_subclass(OnGpu)), 7, N=4)
     assert kernel.compiled == 2
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["current", "another"])
+def test_empty_tensors_lie_where_they_are_asked_for(gpu, monkeypatch, index):
+    """Past the dispatcher they lie on the current device, so for another one torch is asked."""
+    calls, like = [], torch.zeros(4, dtype=torch.bfloat16).as_subclass(OnGpu)
+
+    def of_the_device(*arguments):
+        calls.append(arguments)
+        return torch._C._dynamo.guards._empty_strided_cpu(*arguments)
+
+    monkeypatch.setattr(launch, "_empty_strided", of_the_device)
+    monkeypatch.setattr(OnGpu, "get_device", lambda self: index, raising=False)
+    for shape, dtype in (((3, 5), None), ((2, 3, 5), torch.float32), ((0, 7), None)):
+        made = launch.empty(like, *shape, dtype=dtype)
+        assert made.shape == shape and made.is_contiguous() and made.dtype == (dtype or torch.bfloat16)
+    assert len(calls) == (3 if index == 0 else 0)
+
+
+def test_an_empty_tensor_of_the_host():
+    made = launch.empty(torch.zeros(1), 3, 5, dtype=torch.float16)
+    assert made.shape == (3, 5) and made.dtype == torch.float16

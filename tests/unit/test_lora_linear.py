@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlora
 import fastlora.ops.lora_linear  # registers torch.ops.fastlora
@@ -143,3 +146,101 @@ def test_lora_linear_dropout_is_the_key_and_nothing_else():
     assert torch.equal(once, fastlora.lora_linear(x, weight, a, b, scale, bias, dropout=0.3, key=key))
     other = DropoutKey(78, torch.arange(40))
     assert not torch.equal(once, fastlora.lora_linear(x, weight, a, b, scale, bias, dropout=0.3, key=other))
+
+
+def operators(graph):
+    return [str(node.target) for node in graph.graph.nodes]
+
+
+def test_what_looks_at_operators_finds_one_and_an_eager_call_is_none():
+    x, weight, a, b, scale, bias = make()
+    call = lambda x: fastlora.lora_linear(x, weight, a, b, scale, bias)  # noqa: E731
+    seen = []
+
+    class Listening(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    eager = call(x)
+    with Listening():
+        listened = call(x)
+    assert "fastlora.lora_linear.default" in seen and torch.equal(eager, listened)
+    assert type(eager.grad_fn).__name__ == "_LoraLinearBackward" != type(listened.grad_fn).__name__
+    assert "fastlora.lora_linear.default" in operators(make_fx(call)(x))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert call(mode.from_tensor(x)).shape == (40, 20)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_transforms_are_refused(exact):
+    x, weight, a, b, scale, bias = make()
+    sums = (TokenSum(a.shape), TokenSum(b.shape)) if exact else None
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda x: fastlora.lora_linear(x, weight, a, b, scale, bias, sums=sums).sum())(x.detach())
+
+
+def gradients_of(call, tensors, dy):
+    call().backward(dy)
+    found = [t.grad for t in tensors]
+    for t in tensors:
+        t.grad = None
+    return found
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("of", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("frozen", ["", "x", "a", "b"])
+def test_an_eager_call_has_the_operator_s_bits_and_dtypes(dropout, of, frozen):
+    x, weight, a, b, scale, bias = make(tokens=300, dtype=torch.bfloat16)
+    a, b = (t.detach().to(of).requires_grad_() for t in (a, b))
+    tensors = {"x": x, "a": a, "b": b}
+    if frozen:
+        tensors[frozen].requires_grad_(False)
+    key = DropoutKey(12345, torch.arange(300))
+    dy = torch.randn(300, 20).to(torch.bfloat16)
+    ours = gradients_of(lambda: fastlora.lora_linear(x, weight, a, b, scale, bias, dropout=dropout, key=key), tensors.values(), dy)
+    operator = lambda: torch.ops.fastlora.lora_linear(x, weight, a, b, scale, bias, dropout, 12345, key.tokens)[0]  # noqa: E731
+    for name, one, other in zip(tensors, ours, gradients_of(operator, tensors.values(), dy)):
+        assert (one is None) == (other is None) == (name == frozen)
+        assert one is None or (one.dtype == tensors[name].dtype and torch.equal(one, other) and one.any())
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_second_derivative_is_refused(exact):
+    x, weight, a, b, scale, bias = make()
+    sums = (TokenSum(a.shape), TokenSum(b.shape)) if exact else None
+    y = fastlora.lora_linear(x, weight, a, b, scale, bias, sums=sums)
+    dy = torch.ones(40, 20, requires_grad=True)
+    (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dx.sum().backward()
+
+
+class Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_no_gradient_above_gives_none(exact):
+    x, weight, a, b, scale, bias = make()
+    sums = (TokenSum(a.shape), TokenSum(b.shape)) if exact else None
+    Nothing.apply(fastlora.lora_linear(x, weight, a, b, scale, bias, sums=sums)).sum().backward()
+    assert x.grad is None and a.grad is None and b.grad is None
+    assert not exact or all(total.chunks == 0 for total in sums)
+
+
+def test_a_backward_under_autocast_rounds_nothing_more():
+    x, weight, a, b, scale, bias = make()
+    dy = torch.randn(40, 20)
+    plain = gradients_of(lambda: fastlora.lora_linear(x, weight, a, b, scale, bias), (x, a, b), dy)
+    y = fastlora.lora_linear(x, weight, a, b, scale, bias)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y.backward(dy)
+    assert all(torch.equal(one, other.grad) for one, other in zip(plain, (x, a, b)))
