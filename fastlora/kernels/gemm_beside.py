@@ -11,6 +11,8 @@ from fastlora.kernels import gemm_specialized, hopper, launch, project_beside
 from fastlora.kernels.hopper import MISSING, attempt, describe, gl, gluon, reinterpret
 
 NAME = "GEMM with S"
+# Multiplications from which on it is asked whether tiles leave room: a smaller product has few tiles, and its call is bound by the host.
+LEAST = 2**32
 # The kernel's tensors; those of the first row are described.
 OPERANDS = ("d_x", "d_w", "d_s", "d_b", "d_f", "d_y")
 
@@ -134,7 +136,7 @@ def run(x, weight, factor, other, bias, *, transposed: bool, layout):
     """
     rows, inner = x.shape
     outer = weight.shape[0] if transposed else weight.shape[1]
-    if not rows or not hopper.compiles(NAME):
+    if rows * inner * outer < LEAST or not hopper.compiles(NAME):
         return None
     made = plan(rows, inner, outer, layout, transposed, bias is not None, x.dtype, x.device)
     ready = None if made is None else project_beside.words(x.device)

@@ -6,9 +6,8 @@ and multiply little. They begin when the product does, are over before the next 
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
@@ -37,6 +36,8 @@ class Beside:
         self.device = device
         self._waiting: list[Later] = []
         self._running: list[Callable] = []
+        self._large = False
+        self._begun: torch.cuda.Event | None = None
 
     def add(self, call: Callable, *arguments) -> Later:
         """``call(*arguments)`` is to run beside the next product, or at :meth:`finish`. The current stream must not write what it reads."""
@@ -44,24 +45,30 @@ class Beside:
         self._waiting.append(later)
         return later
 
-    @contextlib.contextmanager
-    def product(self, multiplications: int) -> Iterator[None]:
-        """A block that starts a product of so many multiplications: what waits at its end runs beside it, or if it is small after it.
+    def product(self, multiplications: int) -> Beside:
+        """For ``with``, a block that starts a product of so many multiplications: what waits at its end runs beside it, or if it is small
+        after it.
 
         A sum that is added inside must not read what the block makes: it waits for what came before the block alone. The current stream
         goes on without the sums, until the next product begins.
         """
-        if self.device.type != "cuda" or multiplications < LARGE:
-            yield
-            self._run()
+        self._large = multiplications >= LARGE and self.device.type == "cuda"
+        return self
+
+    def __enter__(self) -> None:
+        if self._large:
+            self._join()
+            self._begun = torch.cuda.current_stream(self.device).record_event()
+
+    def __exit__(self, error, *rest) -> None:
+        if error is not None:
             return
-        self._join()
-        main, second = torch.cuda.current_stream(self.device), _second(self.device.index)
-        begun = main.record_event()
-        yield  # the product starts first, or the sums would take its multiprocessors
-        if self._waiting:
+        if not self._large:
+            self._run()
+        elif self._waiting:  # the product has started: before it, they would take its multiprocessors
+            second = _second(self.device.index)
             with torch.cuda.stream(second):
-                second.wait_event(begun)
+                second.wait_event(self._begun)
                 self._running = self._run()
 
     def finish(self) -> None:

@@ -21,13 +21,12 @@ from fastlora.errors import InputError
 from fastlora.kernels.chunks import Chunks
 from fastlora.kernels.columns import Columns
 from fastlora.kernels.gemm import gemm
-from fastlora.kernels.gemm_beside import run as gemm_with_low
 from fastlora.kernels.launch import Dropout
 from fastlora.kernels.project import project
-from fastlora.kernels.token_sum import Sink, sum_a, sum_b
+from fastlora.kernels.token_sum import Sink, sum_a
 from fastlora.ops.beside import Beside, Later
 from fastlora.ops.dropout import module_key
-from fastlora.ops.triton_path import kernel_dropout, low_rank_gradients
+from fastlora.ops.triton_path import kernel_dropout, low_rank_gradients, products_backward, products_forward
 from fastlora.stream import Stream
 from fastlora.token_sum import TokenSum
 
@@ -190,12 +189,9 @@ class Projections:
 
     def forward(self, x: torch.Tensor, dropout: Dropout | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [M, K] -> (y [M, N], s as of :meth:`low`)."""
-        if self.adapted and dropout is None:
-            made = gemm_with_low(x, self.weight, self.a, self.b, self.bias, transposed=True, layout=self.layout)
-            if made is not None:
-                return made
-        s = self.low(x, dropout)
-        return self.product(x, s), s
+        if not self.adapted:
+            return self.product(x, None), None
+        return products_forward(x, self.weight, self.a, self.b, self.bias, self.layout, dropout)
 
     def product(self, x: torch.Tensor, s: torch.Tensor | None) -> torch.Tensor:
         """x [M, K] and s of :meth:`low` -> y [M, N]."""
@@ -220,16 +216,10 @@ class Projections:
         self, dy: torch.Tensor, s: torch.Tensor | None, dropout: Dropout | None, chunks: Chunks, beside: Beside
     ) -> tuple[torch.Tensor, torch.Tensor | None, Later | None]:
         """dy [M, N] -> (dx [M, K], ds, db): ds and db go to :meth:`gradients`. What waits in ``beside`` runs beside the product."""
+        if self.adapted:
+            return products_backward(dy, s, self.weight, self.a, self.b, self.layout, dropout, chunks, self._sink_b(), beside)
         with beside.product(dy.shape[0] * self.weight.numel()):
-            if self.adapted and dropout is None:
-                made = gemm_with_low(dy, self.weight, self.b, self.a, None, transposed=False, layout=self.layout)
-                if made is not None:
-                    return *made, beside.add(self._db, dy, s, chunks)
-            ds, db = self.low_backward(dy, s, chunks)
-            return self.dx(dy, ds, dropout), ds, db
-
-    def _db(self, dy: torch.Tensor, s: torch.Tensor, chunks: Chunks) -> torch.Tensor | None:
-        return sum_b(dy, s, self.layout, chunks, sink=self._sink_b())[0]
+            return self.dx(dy, None, None), None, None
 
     def gradients(
         self, x: torch.Tensor, ds: torch.Tensor | None, db: Later | None, dropout: Dropout | None, chunks: Chunks

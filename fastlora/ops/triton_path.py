@@ -13,10 +13,12 @@ from fastlora.kernels.chunks import Chunks, chunks_of
 from fastlora.kernels.columns import single
 from fastlora.kernels.factors import copy_factors
 from fastlora.kernels.gemm import gemm
+from fastlora.kernels.gemm_beside import run as gemm_with_low
 from fastlora.kernels.launch import Dropout, padded_rank
 from fastlora.kernels.project import project
 from fastlora.kernels.tables import DS_IN_TOKEN_SUM_MAX_RANK
 from fastlora.kernels.token_sum import sum_a, sum_b
+from fastlora.ops.beside import Beside, Later
 from fastlora.ops.dropout import keep_scale, threshold
 
 
@@ -48,9 +50,18 @@ def padded_factors(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> tupl
 def forward_triton(x, weight, a, b, scale, bias=None, dropout=0.0, key=None):
     """(y [M, N], s [M, R]); a and b are those of :func:`padded_factors`, R their padded rank. See ``reference.forward_ref``."""
     x, weight = kernel_ready(x), kernel_ready(weight)
-    s = project(x, a, single(a.shape[0], weight.shape[0], scale), _dropout(dropout, key))
     bias = None if bias is None else kernel_ready(bias)
-    return gemm(x, weight, s, b, bias, transposed=True), s
+    return products_forward(x, weight, a, b, bias, single(a.shape[0], weight.shape[0], scale), _dropout(dropout, key))
+
+
+def products_forward(x, weight, a, b, bias, layout, dropout):
+    """(y [M, N], s [M, columns]) of the projections of ``layout``: in one launch where tiles leave room for s."""
+    if dropout is None:
+        made = gemm_with_low(x, weight, a, b, bias, transposed=True, layout=layout)
+        if made is not None:
+            return made
+    s = project(x, a, layout, dropout)
+    return gemm(x, weight, s, b, bias, transposed=True, layout=layout), s
 
 
 def backward_triton(
@@ -68,10 +79,32 @@ def backward_triton(
     drop = _dropout(dropout, key)
     layout = single(rank, dy.shape[1], scale)
     chunks = chunks_here(dy) if chunks is None else chunks
-    db, ds = low_rank_gradients(dy, s, b, layout, chunks, sums_b)
-    dx = gemm(dy, weight, ds, a, transposed=False, dropout=drop) if needs_dx else None
+    if not needs_dx:
+        db, ds = low_rank_gradients(dy, s, b, layout, chunks, sums_b)
+        return None, sum_a(x, ds, layout, chunks, sink=sums_a, dropout=drop), db
+    beside = Beside(dy.device)
+    dx, ds, db = products_backward(dy, s, weight, a, b, layout, drop, chunks, sums_b, beside)
     da = sum_a(x, ds, layout, chunks, sink=sums_a, dropout=drop)
-    return dx, da, db
+    beside.finish()
+    return dx, da, db.value
+
+
+def products_backward(dy, s, weight, a, b, layout, dropout, chunks, sink, beside):
+    """(dx [M, K], ds [M, columns], db as of :class:`fastlora.ops.beside.Later`: None with a sink) of the projections of ``layout``.
+
+    What waits in ``beside`` runs beside the product of dx, and so does db where ds is made in its launch.
+    """
+    with beside.product(dy.shape[0] * weight.numel()):
+        if dropout is None:
+            made = gemm_with_low(dy, weight, b, a, None, transposed=False, layout=layout)
+            if made is not None:
+                return *made, beside.add(_db, dy, s, layout, chunks, sink)
+        db, ds = low_rank_gradients(dy, s, b, layout, chunks, sink)
+        return gemm(dy, weight, ds, a, transposed=False, dropout=dropout, layout=layout), ds, Later(None, db)
+
+
+def _db(dy, s, layout, chunks, sink):
+    return sum_b(dy, s, layout, chunks, sink=sink)[0]
 
 
 def chunks_here(rows: torch.Tensor) -> Chunks:

@@ -10,7 +10,7 @@ from fastlora.kernels.chunks import chunks_of
 from fastlora.kernels.columns import Columns
 from fastlora.kernels.gemm import gemm
 from fastlora.kernels.project import project
-from fastlora.ops import beside, projections
+from fastlora.ops import beside, triton_path
 from fastlora.ops.triton_path import low_rank_gradients
 from tests import split_cases as cases
 from tests.gpu_marks import HOPPER
@@ -96,7 +96,7 @@ def test_a_models_training_does_not_depend_on_what_runs_beside_what(monkeypatch,
         seen, run = [], gemm_beside.run
         with monkeypatch.context() as patch:
             patch.setattr(beside, "LARGE", large)
-            patch.setattr(projections, "gemm_with_low", lambda *a, run=run, seen=seen, **k: seen.append(run(*a, **k)) or seen[-1])
+            patch.setattr(triton_path, "gemm_with_low", lambda *a, run=run, seen=seen, **k: seen.append(run(*a, **k)) or seen[-1])
             model = tiny_model("llama", hidden_size=4096, intermediate_size=4096, max_position_embeddings=2048).to("cuda", torch.bfloat16)
             subject = cases.Subject(model, r=8, lora_dropout=dropout)
             found.append(subject.train(rows, cases.FEW[0], steps=2, exactly=exactly))
