@@ -99,7 +99,7 @@ def low_rank(size: Size, device: str, dtype: torch.dtype, which: str) -> Case:
     from fastlora.kernels.chunks import chunks_of
     from fastlora.kernels.columns import single
     from fastlora.kernels.project import project
-    from fastlora.kernels.token_sum import Sink, sum_a
+    from fastlora.kernels.token_sum import sum_a
     from fastlora.ops.triton_path import low_rank_gradients
 
     wide = size.inner if which != "ds-db" else size.outer
@@ -110,10 +110,10 @@ def low_rank(size: Size, device: str, dtype: torch.dtype, which: str) -> Case:
     if which == "s":
         own = lambda: project(x, a, layout)  # noqa: E731
     elif which == "ds-db":
-        sink = Sink.of(TokenSum((size.outer, size.rank), device))
+        sink = TokenSum((size.outer, size.rank), device)
         own = lambda: low_rank_gradients(x, s, b, layout, chunks, sink)  # noqa: E731
     else:
-        sink = Sink.of(TokenSum((size.rank, size.inner), device))
+        sink = TokenSum((size.rank, size.inner), device)
         own = lambda: sum_a(x, s, layout, chunks, sink=sink)  # noqa: E731
     moved = (x.numel() + s.numel()) * x.element_size()
     verify = lambda: check.linear(size.inner, size.outer, size.rank, 0.0, True, device, dtype)  # noqa: E731

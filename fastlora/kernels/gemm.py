@@ -183,7 +183,7 @@ def gemm(x, weight, s=None, b=None, bias=None, *, transposed, dropout=None, layo
     """
     rows, inner = x.shape
     outer = weight.shape[0] if transposed else weight.shape[1]
-    out = x.new_empty((rows, outer))
+    out = launch.empty(x, rows, outer)
     if rows == 0:
         return out
     if dropout is None and gemm_specialized.run(x, weight, s, b, bias, out, transposed=transposed, layout=layout):

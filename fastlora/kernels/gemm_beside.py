@@ -142,7 +142,7 @@ def run(x, weight, factor, other, bias, *, transposed: bool, layout):
     ready = None if made is None else project_beside.words(x.device)
     if ready is None:
         return None
-    out, low = x.new_empty((rows, outer)), x.new_empty((rows, layout.columns))
+    out, low = launch.empty(x, rows, outer), launch.empty(x, rows, layout.columns)
     scales = layout.scale_of_columns(x.device)
     bias = x if bias is None else bias
     done = attempt(NAME, made[0], x, weight, low, other, factor, out, bias, low, scales, ready, rows, made[1])

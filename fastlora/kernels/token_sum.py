@@ -178,11 +178,6 @@ class Sink:
     stats: torch.Tensor
     parts: tuple
 
-    @staticmethod
-    def of(total) -> Sink:
-        """The sink of a single :class:`fastlora.exact.TokenSum`."""
-        return Sink(total.total, total.stats, (total,))
-
     def count(self, chunks: int) -> int:
         """Count chunks in every part; the number of the first of them."""
         first = self.parts[0].chunks
@@ -223,7 +218,7 @@ def _sum(plan: _Plan, wide, narrow, chunks: Chunks, sink: Sink | None, dropout=N
     if sink is not None:
         out, stats, first = sink.total, sink.stats, sink.count(chunks.count)
     else:
-        out, stats, first = wide.new_empty((plan.runs, *plan.shape), dtype=torch.float32), narrow, 0
+        out, stats, first = launch.empty(wide, plan.runs, *plan.shape, dtype=torch.float32), narrow, 0
     drop = launch.dropout_arguments(dropout, wide)
     plan.launch(
         wide, narrow, out, stats, narrow if b is None else b, narrow if partial is None else partial, drop.tokens, chunks.table, chunks.ends,
@@ -266,13 +261,13 @@ def sum_b(dy, s, layout, chunks, *, sink=None, b=None):
         (fp32 [N, layout.rank] or None with a sink, dS [M, layout.columns] in dy's dtype or None)
     """
     rows, features = dy.shape
-    ds = None if b is None else dy.new_empty((rows, layout.columns))
+    ds = None if b is None else launch.empty(dy, rows, layout.columns)
     if rows == 0:
         return (None if sink is not None else dy.new_zeros((features, layout.rank), dtype=torch.float32)), ds
     plan, blocks, reduce, scales = _plan_b(rows, features, chunks.count, layout, sink is not None, b is not None, dy.dtype, dy.device)
     if b is None:
         return _sum(plan, dy, s, chunks, sink), None
-    partial = dy.new_empty((blocks, rows, layout.padded), dtype=torch.float32)
+    partial = launch.empty(dy, blocks, rows, layout.padded, dtype=torch.float32)
     db = _sum(plan, dy, s, chunks, sink, b=b, partial=partial)
     reduce(partial, ds, scales, rows)
     return db, ds
