@@ -68,7 +68,7 @@ class Mlp(torch.autograd.Function):
         x, both, s, s_down = ctx.saved_tensors
         gate_up, down = ctx.groups
         chunks, beside = _chunks(dy), _beside(dy)
-        dboth, hidden, ds, db = gated_backward(down, dy, s_down, None, chunks, both, "silu")
+        dboth, hidden, ds, db = gated_backward(down, dy, s_down, None, chunks, both, "silu", beside)
         of_down = beside.add(down.gradients, hidden, ds, db, None, chunks)
         dx, ds, db = gate_up.backward(dboth, s, None, chunks, beside)
         of_gate_up = beside.add(gate_up.gradients, x, ds, db, None, chunks)

@@ -231,7 +231,9 @@ def _mlp_backward(plan: Plan, dout: torch.Tensor, place: Place, drops, kept: _Sa
     if plan.after_mlp is not None:
         norm = plan.after_mlp
         dz, _ = norm_backward(dz, kept.y2, kept.rstd_y2, norm.weight, norm.style)
-    dgate_up, hidden, ds, db = gated_backward(plan.down, dz, kept.s[3], drops[3], place.chunks, kept.gate_up, plan.activation)
+    dgate_up, hidden, ds, db = gated_backward(
+        plan.down, dz, kept.s[3], drops[3], place.chunks, kept.gate_up, plan.activation, beside
+    )
     del dz
     kept.gate_up = None
     of_down = beside.add(plan.down.gradients, hidden, ds, db, drops[3], place.chunks)
@@ -266,7 +268,7 @@ def _attention_backward(plan: Plan, dh1: torch.Tensor, place: Place, drops, kept
     if needs_dh:
         dx, ds, db = plan.qkv.backward(dqkv, kept.s[0], drops[0], place.chunks, beside)
     else:
-        ds, db = plan.qkv.low_backward(dqkv, kept.s[0], place.chunks)
+        ds, db = plan.qkv.low_backward(dqkv, kept.s[0], drops[0], place.chunks)
     norm, x, dh = plan.before_attention, kept.h, None
     if norm is None:
         dh = dh1 + dx if needs_dh else None

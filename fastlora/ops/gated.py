@@ -13,6 +13,7 @@ from fastlora.kernels import gemm_glu
 from fastlora.kernels.chunks import Chunks
 from fastlora.kernels.glu import glu_backward, glu_forward
 from fastlora.kernels.launch import Dropout
+from fastlora.ops.beside import Beside
 from fastlora.ops.projections import Projections
 
 
@@ -34,13 +35,16 @@ def gated_forward(gate_up: Projections, x: torch.Tensor, dropout: Dropout | None
 
 
 def gated_backward(
-    down: Projections, dz: torch.Tensor, s: torch.Tensor | None, dropout: Dropout | None, chunks: Chunks, both: torch.Tensor, activation: str
+    down: Projections, dz: torch.Tensor, s: torch.Tensor | None, dropout: Dropout | None, chunks: Chunks, both: torch.Tensor,
+    activation: str, beside: Beside,
 ):  # fmt: skip
-    """dz [M, K] of down's output -> (gradient of ``both`` [M, 2F], hidden [M, F] again, ds, db of :meth:`Projections.low_backward`)."""
-    ds, db = down.low_backward(dz, s, chunks)
-    made = None
-    if dropout is None:
+    """dz [M, K] of down's output -> (gradient of ``both`` [M, 2F], hidden [M, F] again, ds, db of :meth:`Projections.backward`)."""
+    if dropout is not None:
+        dhidden, ds, db = down.backward(dz, s, dropout, chunks, beside)
+        return *glu_backward(dhidden, both, activation, emit=True), ds, db
+    with beside.product(dz.shape[0] * down.weight.numel()):
+        ds, db = down.low_backward(dz, s, None, chunks)
         made = gemm_glu.backward(dz, down.weight, ds, down.a, down.layout, activation, both)
-    if made is None:
-        made = glu_backward(down.dx(dz, ds, dropout), both, activation, emit=True)
+        if made is None:
+            made = glu_backward(down.dx(dz, ds, None), both, activation, emit=True)
     return *made, ds, db

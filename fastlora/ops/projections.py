@@ -201,11 +201,13 @@ class Projections:
         sinks = self.sinks()
         return None if sinks is None else sinks[1]
 
-    def low_backward(self, dy: torch.Tensor, s: torch.Tensor | None, chunks: Chunks) -> tuple[torch.Tensor | None, Later | None]:
+    def low_backward(
+        self, dy: torch.Tensor, s: torch.Tensor | None, dropout: Dropout | None, chunks: Chunks
+    ) -> tuple[torch.Tensor | None, Later | None]:
         """dy [M, N] -> (ds [M, columns], db for :meth:`gradients`), or (None, None) without an adapter."""
         if not self.adapted:
             return None, None
-        db, ds = low_rank_gradients(dy, s, self.b, self.layout, chunks, self._sink_b())
+        db, ds = low_rank_gradients(dy, s, self.b, self.layout, chunks, self._sink_b(), dropout)
         return ds, Later(None, db)
 
     def dx(self, dy: torch.Tensor, ds: torch.Tensor | None, dropout: Dropout | None) -> torch.Tensor:

@@ -14,9 +14,9 @@ from fastlora.kernels.columns import single
 from fastlora.kernels.factors import copy_factors
 from fastlora.kernels.gemm import gemm
 from fastlora.kernels.gemm_beside import run as gemm_with_low
-from fastlora.kernels.launch import Dropout, padded_rank
+from fastlora.kernels.launch import Dropout, arch_of, padded_rank
 from fastlora.kernels.project import project
-from fastlora.kernels.tables import DS_IN_TOKEN_SUM_MAX_RANK
+from fastlora.kernels.tables import DS_IN_TOKEN_SUM_MAX_RANK, TMA_ARCHITECTURES
 from fastlora.kernels.token_sum import sum_a, sum_b
 from fastlora.ops.beside import Beside, Later
 from fastlora.ops.dropout import keep_scale, threshold
@@ -80,7 +80,7 @@ def backward_triton(
     layout = single(rank, dy.shape[1], scale)
     chunks = chunks_here(dy) if chunks is None else chunks
     if not needs_dx:
-        db, ds = low_rank_gradients(dy, s, b, layout, chunks, sums_b)
+        db, ds = low_rank_gradients(dy, s, b, layout, chunks, sums_b, drop)
         return None, sum_a(x, ds, layout, chunks, sink=sums_a, dropout=drop), db
     beside = Beside(dy.device)
     dx, ds, db = products_backward(dy, s, weight, a, b, layout, drop, chunks, sums_b, beside)
@@ -92,15 +92,19 @@ def backward_triton(
 def products_backward(dy, s, weight, a, b, layout, dropout, chunks, sink, beside):
     """(dx [M, K], ds [M, columns], db as of :class:`fastlora.ops.beside.Later`: None with a sink) of the projections of ``layout``.
 
-    What waits in ``beside`` runs beside the product of dx, and so does db where ds is made in its launch.
+    What waits in ``beside`` runs beside the product of dx, and so does db where ds is made in its launch or, under dropout, before it.
     """
     with beside.product(dy.shape[0] * weight.numel()):
         if dropout is None:
             made = gemm_with_low(dy, weight, b, a, None, transposed=False, layout=layout)
             if made is not None:
                 return *made, beside.add(_db, dy, s, layout, chunks, sink)
-        db, ds = low_rank_gradients(dy, s, b, layout, chunks, sink)
-        return gemm(dy, weight, ds, a, transposed=False, dropout=dropout, layout=layout), ds, Later(None, db)
+        if dropout is not None and ds_apart(dy, layout, dropout):
+            ds, db = project(dy, b, layout, transposed=True), beside.add(_db, dy, s, layout, chunks, sink)
+        else:
+            db, ds = low_rank_gradients(dy, s, b, layout, chunks, sink, dropout)
+            db = Later(None, db)
+        return gemm(dy, weight, ds, a, transposed=False, dropout=dropout, layout=layout), ds, db
 
 
 def _db(dy, s, layout, chunks, sink):
@@ -119,12 +123,21 @@ def chunks_here(rows: torch.Tensor) -> Chunks:
     return found
 
 
-def low_rank_gradients(dy, s, b, layout, chunks, sink):
-    """(dB or None with a sink, dS): one pass over dY up to the rank where partials of dS cost more than a second one."""
-    if layout.padded <= DS_IN_TOKEN_SUM_MAX_RANK:
+def low_rank_gradients(dy, s, b, layout, chunks, sink, dropout=None):
+    """(dB or None with a sink, dS), see :func:`ds_apart`."""
+    if not ds_apart(dy, layout, dropout):
         return sum_b(dy, s, layout, chunks, sink=sink, b=b)
     ds = project(dy, b, layout, transposed=True)
-    return sum_b(dy, s, layout, chunks, sink=sink)[0], ds
+    return _db(dy, s, layout, chunks, sink), ds
+
+
+def ds_apart(dy, layout, dropout) -> bool:
+    """Whether dS has a pass over dY of its own, without dB.
+
+    Above a rank it has: partials of dS would cost more traffic than a second pass. And under dropout on GPUs with persistent grids: the
+    product that needs dS starts sooner then, and dB runs beside it.
+    """
+    return layout.padded > DS_IN_TOKEN_SUM_MAX_RANK or (dropout is not None and arch_of(dy) in TMA_ARCHITECTURES)
 
 
 def frozen_forward(x, weight, bias=None):
