@@ -92,7 +92,7 @@ if MISSING is None:
                 )),
             ],
             [4, 1],
-            [240, 32],
+            [240, 24],
         )  # fmt: skip
 
 
