@@ -45,7 +45,7 @@ CHOSEN += [
     Case("da", "sm_90", outer=6144, count=3), Case("db_ds", "sm_89", outer=6144, count=3),
 ]  # fmt: skip
 CHOSEN += [Case("factors", "sm_90", rank=20, outer=576)]
-CHOSEN += [Case(name, "sm_90", transposed=side) for name in ("gemm_specialized", gate_specialized.BESIDE) for side in (True, False)]
+CHOSEN += [Case("gemm_specialized", "sm_90", transposed=side) for side in (True, False)] + [Case(gate_specialized.BESIDE, "sm_90", transposed=False)]
 CHOSEN += [Case("gemm_glu_silu", "sm_90", outer=14336, transposed=side) for side in (True, False)]
 CHOSEN += [Case(min(gate_specialized.GEMM, key=lambda name: gate_specialized.GEMM[name].bn), "sm_90")]
 CHOSEN += [Case(operation, "sm_90", outer=128, inner=0) for operation in gate_specialized.ATTENTION]
