@@ -8,6 +8,7 @@ from fastlora.kernels import (
     attention_specialized,
     attention_specialized_keys,
     gemm_beside,
+    gemm_dropout,
     gemm_glu,
     gemm_specialized,
     hopper,
@@ -26,7 +27,9 @@ GEMM = {f"gemm_specialized{'' if tile.bn == gemm_specialized.WIDEST else f'_{til
 GLU = {f"gemm_glu_{activation}": activation for activation in ("silu", "gelu", "gelu_tanh")}
 # The GEMM with S in its launch.
 BESIDE = "gemm_beside"
-OPERATIONS = (*GEMM, BESIDE, *GLU, *ATTENTION)
+# The backward's with dropout in its epilogue.
+DROPOUT = "gemm_dropout"
+OPERATIONS = (*GEMM, BESIDE, DROPOUT, *GLU, *ATTENTION)
 
 
 def build_arguments(case, element: str, layout):
@@ -40,6 +43,8 @@ def build_arguments(case, element: str, layout):
         return _attention(case, element, block)
     if case.operation in GLU:
         return _glu(case, block, layout)
+    if case.operation == DROPOUT:
+        return _dropout(case, block, layout)
     n, k = (case.outer, case.inner) if case.transposed else (case.inner, case.outer)
     tile = GEMM.get(case.operation, tables.GEMM_SPECIALIZED[-1])
     rank, second, third = gemm_specialized.rank_columns(layout, layout.columns, tile, transposed=case.transposed)
@@ -57,14 +62,32 @@ def build_arguments(case, element: str, layout):
     return gemm_beside.gemm_beside_kernel, tile, signature, constants | low.constants() | {"LR": layout.columns}
 
 
+def _dropout(case, block, layout):
+    """dX of ``outer`` features to ``inner``, whichever direction the case says: there is no other."""
+    tile = tables.GEMM_SPECIALIZED[-1]
+    places, depth = gemm_dropout.places_of(layout.count, layout.padded, tile)
+    signature = {which: block(*size) for which, size in gemm_specialized.blocks_of(tile, transposed=False).items()}
+    signature |= dict.fromkeys(("seed0", "seed1", "seed2", "threshold"), "i64")
+    signature |= {"p_token": "*i64", "M": "i32", "keep_scale": "fp32", "count": "i32"}
+    constants = dict(
+        N=case.inner, K=case.outer, PLACES=places, DEPTH=depth, BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group,
+    )  # fmt: skip
+    return gemm_dropout.gemm_dropout_kernel, tile, signature, constants
+
+
 def _glu(case, block, layout):
     """The forward where ``transposed``, gate and up with an adapter each; else the backward."""
     tile = tables.GEMM_SPECIALIZED[-1]
     kernel = gemm_glu.gemm_glu_forward_kernel if case.transposed else gemm_glu.gemm_glu_backward_kernel
     rank, _, _ = gemm_specialized.rank_columns(layout, layout.columns, tile, transposed=False)
     signature = {which: block(*size) for which, size in gemm_glu.blocks_of(tile, forward=case.transposed).items()} | {"M": "i32"}
+    dropout = {}
+    if not case.transposed:
+        signature |= {"p_token": "*i64", "seed": "i64", "threshold": "i64", "keep_scale": "fp32", "count": "i32"}
+        places = gemm_dropout.places_of(1, layout.padded, tile) if case.dropout else (0, tile.bk)
+        dropout, rank = dict(zip(("PLACES", "DEPTH"), places)), 0 if case.dropout else rank
     constants = dict(
-        F=case.outer, K=case.inner, R=rank, ACTIVATION=GLU[case.operation], BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages,
+        F=case.outer, K=case.inner, R=rank, **dropout, ACTIVATION=GLU[case.operation], BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages,
         GROUP=tile.group,
     )  # fmt: skip
     return kernel, tile, signature, constants
@@ -95,6 +118,10 @@ def all_cases(make) -> list:
     cases += [make(BESIDE, "sm_90", transposed=side) for side in (True, False)]
     cases += [make(BESIDE, "sm_90", rank=16, outer=6144, count=3, transposed=side) for side in (True, False)]
     cases += [make(BESIDE, "sm_90", torch.float16), make(BESIDE, "sm_90", rank=64, outer=6144, count=3, transposed=False)]
+    cases += [make(DROPOUT, "sm_90", rank=rank, transposed=False, dropout=True) for rank in (16, 128)]
+    cases += [make(DROPOUT, "sm_90", rank=64, outer=6144, count=3, transposed=False, dropout=True)]
+    cases += [make(DROPOUT, "sm_90", torch.float16, transposed=False, dropout=True)]
+    cases += [make("gemm_glu_silu", "sm_90", outer=14336, rank=rank, transposed=False, dropout=True) for rank in (16, 128)]
     cases += [make(narrow, "sm_90", transposed=side) for narrow in GEMM if narrow != "gemm_specialized" for side in (True, False)]
     cases += [make("gemm_glu_silu", "sm_90", outer=14336, rank=rank, transposed=side) for rank in (16, 128) for side in (True, False)]
     cases += [make("gemm_glu_silu", "sm_90", outer=14336, count=2), make("gemm_glu_silu", "sm_90", torch.float16, outer=14336, transposed=False)]

@@ -4,9 +4,9 @@ Forward: Y = x W^T + S B^T + bias (W [N, K] transposed). Backward: dX = dY W + D
 accumulator is one fp32 chain over K in steps of BK, then over the padded rank; one rounding at the end. Neither tile
 height nor grid enters the order of an element's sum, so rows do not depend on M.
 
-Three kernels: pointers for every GPU and shape; bulk tensor copies (TMA) and a persistent grid on compute capability 9.0 and later
-when rows are multiples of 16 bytes; and on 9.0, without dropout in the epilogue, the same with a warp that only loads
-(gemm_specialized.py).
+Three kinds: pointers for every GPU and shape; bulk tensor copies (TMA) and a persistent grid on compute capability 9.0 and later
+when rows are multiples of 16 bytes; and on 9.0 the same with a warp that only loads (gemm_specialized.py, and gemm_dropout.py with
+dropout in the epilogue).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels import gemm_specialized, launch
+from fastlora.kernels import gemm_dropout, gemm_specialized, launch
 from fastlora.kernels.tile import grouped_tile, keep_mask_of_product
 
 
@@ -186,11 +186,16 @@ def gemm(x, weight, s=None, b=None, bias=None, *, transposed, dropout=None, layo
     out = launch.empty(x, rows, outer)
     if rows == 0:
         return out
-    if dropout is None and gemm_specialized.run(x, weight, s, b, bias, out, transposed=transposed, layout=layout):
-        return out
-    drop = launch.dropout_arguments(dropout, x)
     stored = 0 if s is None else s.shape[1]
     count = 0 if dropout is None else len(dropout.seeds)
+    if dropout is None:
+        if gemm_specialized.run(x, weight, s, b, bias, out, transposed=transposed, layout=layout):
+            return out
+    elif not transposed and bias is None:
+        padded = stored // count if layout is None else layout.padded
+        if gemm_dropout.run(x, weight, s, b, out, dropout, padded):
+            return out
+    drop = launch.dropout_arguments(dropout, x)
     made = _plan(rows, inner, outer, stored, layout, transposed, bias is not None, count, x.dtype, x.device)
     made(
         x, weight, x if s is None else s, weight if b is None else b, x if bias is None else bias, out,

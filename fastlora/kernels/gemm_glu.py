@@ -15,7 +15,7 @@ import functools
 
 import torch
 
-from fastlora.kernels import gemm_specialized, hopper, launch
+from fastlora.kernels import gemm_dropout, gemm_specialized, hopper, launch
 from fastlora.kernels.gemm_specialized import PARTS, WIDEST
 from fastlora.kernels.glu import activate
 from fastlora.kernels.hopper import (
@@ -37,6 +37,7 @@ NAME = "GEMM with a gate"
 
 if MISSING is None:
     from fastlora.kernels.gemm_blocks import load_block, load_halves, multiply_tile, quarters, tile_at
+    from fastlora.kernels.gemm_dropout import add_rank_blocks
     from fastlora.kernels.ring import claim, leave, ring
 
     # the same function, compiled for Gluon
@@ -99,7 +100,7 @@ if MISSING is None:
     @gluon.jit
     def load_backward(
         d_x, d_w, d_s, d_b, d_gu, s_x, s_w, s_parts, full, empty, num_m,
-        F: gl.constexpr, K: gl.constexpr, R: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+        F: gl.constexpr, K: gl.constexpr, BLOCKS: gl.constexpr, DEPTH: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
         GROUP: gl.constexpr,
     ):  # fmt: skip
         """The loading warp of the backward: behind a tile's product its gate and up, BK features a place of the ring."""
@@ -111,8 +112,8 @@ if MISSING is None:
             for i_k in range(0, K, BK):
                 load_block(d_x, d_w, s_x, s_w, full, empty, turn, m0, n0, i_k, BM, BN, BK, STAGES, False)
                 turn += 1
-            for i_r in gl.static_range(0, R, BK):
-                load_block(d_s, d_b, s_x, s_w, full, empty, turn, m0, n0, i_r, BM, BN, BK, STAGES, False)
+            for i in gl.static_range(BLOCKS):
+                load_block(d_s, d_b, s_x, s_w, full, empty, turn, m0, n0, i * DEPTH, BM, BN, BK, STAGES, False)
                 turn += 1
             for i_part in gl.static_range(BN // BK):
                 stage, bar = claim(full, empty, turn, 2 * BM * BK * 2, STAGES)
@@ -123,9 +124,9 @@ if MISSING is None:
 
     @gluon.jit
     def multiply_backward(
-        HALF: gl.constexpr, d_dgu, d_h, s_x, s_w, s_parts, s_y, full, empty, num_m,
-        F: gl.constexpr, K: gl.constexpr, R: gl.constexpr, ACTIVATION: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-        BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+        HALF: gl.constexpr, d_dgu, d_h, s_x, s_w, s_parts, s_y, full, empty, num_m, p_token, M, seed, threshold, keep_scale, count,
+        F: gl.constexpr, K: gl.constexpr, R: gl.constexpr, PLACES: gl.constexpr, DEPTH: gl.constexpr, ACTIVATION: gl.constexpr,
+        BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
     ):  # fmt: skip
         """A multiplying warpgroup of the backward."""
         num_n: gl.constexpr = F // BN
@@ -134,7 +135,14 @@ if MISSING is None:
             i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
             m0 = i_m * BM + HALF * (BM // 2)
             b_acc, turn = multiply_tile(s_x, s_w, full, empty, turn, HALF, K, R, BM, BN, BK, STAGES, False)
-            b_parts = quarters(b_acc, BM // 2, BN)
+            if PLACES > 0:
+                b_0, b_1, b_2, b_3, turn = add_rank_blocks(
+                    b_acc, s_x, s_w, full, empty, turn, p_token, m0, i_n * BN, M, seed, seed, seed, threshold, keep_scale, count,
+                    HALF, PLACES, DEPTH, STAGES,
+                )  # fmt: skip
+            else:
+                b_0, b_1, b_2, b_3 = quarters(b_acc, BM // 2, BN)
+            b_parts = (b_0, b_1, b_2, b_3)
             for i_part in gl.static_range(4):
                 b_part = b_parts[i_part]
                 stage = turn % STAGES
@@ -194,14 +202,17 @@ if MISSING is None:
             [240, 24],
         )  # fmt: skip
 
-    @gluon.jit(do_not_specialize=["M"])
+    @gluon.jit(do_not_specialize=["M", "seed", "threshold", "count"])
     def gemm_glu_backward_kernel(
-        d_x, d_w, d_s, d_b, d_gu, d_dgu, d_h, M,
-        F: gl.constexpr, K: gl.constexpr, R: gl.constexpr, ACTIVATION: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+        d_x, d_w, d_s, d_b, d_gu, d_dgu, d_h, p_token, M, seed: gl.int64, threshold: gl.int64, keep_scale, count,
+        F: gl.constexpr, K: gl.constexpr, R: gl.constexpr, PLACES: gl.constexpr, DEPTH: gl.constexpr, ACTIVATION: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
         BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
     ):  # fmt: skip
         """d_x [M, K]; d_w [K, F]; d_s [M, LR]; d_b [LR, F]; d_gu and d_dgu [M, 2 F]; d_h [M, F]: descriptors, of half a tile's rows but for
-        w and b. F is a multiple of BN, and BK a quarter of it."""
+        w and b. F is a multiple of BN, and BK a quarter of it.
+
+        R rank columns are part of the product; or, with dropout, those of the ``count`` = 1 projection are a product of their own, PLACES
+        blocks of DEPTH (gemm_dropout.py, as are p_token, seed, threshold and scale)."""
         s_x = gl.allocate_shared_memory(d_x.dtype, [STAGES * 2, BM // 2, BK], d_x.layout)
         s_w = gl.allocate_shared_memory(d_w.dtype, [STAGES, BK, BN], d_w.layout)
         # the same memory as blocks of BK features
@@ -212,15 +223,16 @@ if MISSING is None:
         gl.warp_specialize(
             [
                 (multiply_backward, (
-                    0, d_dgu, d_h, s_x, s_w, s_parts, s_y, full, empty, num_m,
-                    F, K, R, ACTIVATION, BM, BN, BK, STAGES, GROUP,
+                    0, d_dgu, d_h, s_x, s_w, s_parts, s_y, full, empty, num_m, p_token, M, seed, threshold, keep_scale, count,
+                    F, K, R, PLACES, DEPTH, ACTIVATION, BM, BN, BK, STAGES, GROUP,
                 )),
                 (multiply_backward, (
-                    1, d_dgu, d_h, s_x, s_w, s_parts, s_y, full, empty, num_m,
-                    F, K, R, ACTIVATION, BM, BN, BK, STAGES, GROUP,
+                    1, d_dgu, d_h, s_x, s_w, s_parts, s_y, full, empty, num_m, p_token, M, seed, threshold, keep_scale, count,
+                    F, K, R, PLACES, DEPTH, ACTIVATION, BM, BN, BK, STAGES, GROUP,
                 )),
                 (load_backward, (
-                    d_x, d_w, d_s, d_b, d_gu, s_x, s_w, s_parts, full, empty, num_m, F, K, R, BM, BN, BK, STAGES, GROUP,
+                    d_x, d_w, d_s, d_b, d_gu, s_x, s_w, s_parts, full, empty, num_m,
+                    F, K, PLACES + (R + BK - 1) // BK, DEPTH, BM, BN, BK, STAGES, GROUP,
                 )),
             ],
             [4, 1],
@@ -236,9 +248,9 @@ def blocks_of(tile, *, forward: bool) -> dict[str, tuple[int, int]]:
 
 
 @functools.lru_cache(maxsize=1024)  # rows differ from step to step
-def plan(rows, inner, features, stored, layout, activation, forward, dtype, device) -> launch.Launch | None:
+def plan(rows, inner, features, stored, layout, activation, forward, dropout, dtype, device) -> launch.Launch | None:
     """What the shape decides, or None where the product and the gate are two kernels; ``features``: of the gate, F; ``stored``: columns of s,
-    0 without it."""
+    0 without it; ``dropout``: whether the backward's rank-r product is masked."""
     arch = launch.arch_at(device)
     if not (hopper.serves(arch) and launch.can_use_tma(arch, dtype, inner, features)) or features % WIDEST:
         return None
@@ -252,6 +264,13 @@ def plan(rows, inner, features, stored, layout, activation, forward, dtype, devi
         rank, apart = (gemm_specialized.rank_columns(layout, stored, tile, transposed=side)[0] for side in (False, True))
         if forward and launch.cdiv(rank, tile.bk) > launch.cdiv(apart, tile.bk):
             return None
+    constants = {}
+    if not forward:
+        places = gemm_dropout.places_of(1, layout.padded, tile) if dropout else (0, tile.bk)
+        if places is None:
+            return None
+        rank = 0 if dropout else rank
+        constants = dict(zip(("PLACES", "DEPTH"), places))
     wide = {"d_x": inner, "d_w": inner if forward else features, "d_s": stored or inner, "d_h": features}
     wide["d_b"] = (stored if forward else features) if stored else wide["d_w"]
     wide["d_y"] = wide["d_gu"] = wide["d_dgu"] = 2 * features
@@ -259,15 +278,15 @@ def plan(rows, inner, features, stored, layout, activation, forward, dtype, devi
     tiles = launch.cdiv(rows, tile.bm) * launch.cdiv(outer, tile.bn)
     return launch.Launch(
         gemm_glu_forward_kernel if forward else gemm_glu_backward_kernel, (launch.even_programs(tiles, device),), tile, tuple(made),
-        F=features, K=inner, R=rank, ACTIVATION=activation, BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group,
+        F=features, K=inner, R=rank, **constants, ACTIVATION=activation, BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group,
     )  # fmt: skip
 
 
-def _plan_of(x, features: int, s, layout, activation, *, forward: bool) -> launch.Launch | None:
+def _plan_of(x, features: int, s, layout, activation, *, forward: bool, dropout: bool = False) -> launch.Launch | None:
     rows, inner = x.shape
     if not rows or not hopper.compiles(NAME):
         return None
-    return plan(rows, inner, features, 0 if s is None else s.shape[1], layout, activation, forward, x.dtype, x.device)
+    return plan(rows, inner, features, 0 if s is None else s.shape[1], layout, activation, forward, dropout, x.dtype, x.device)
 
 
 def forward(x, weight, s, b, layout, activation):
@@ -282,12 +301,17 @@ def forward(x, weight, s, b, layout, activation):
     return (out, hidden) if done else None
 
 
-def backward(dz, weight, ds, a, layout, activation, gate_up):
-    """(gradient of ``gate_up`` [M, 2 F], hidden [M, F], bit-equal to the forward's) of dz [M, K] and weight [K, F], or None."""
+def backward(dz, weight, ds, a, layout, activation, gate_up, dropout=None):
+    """(gradient of ``gate_up`` [M, 2 F], hidden [M, F], bit-equal to the forward's) of dz [M, K] and weight [K, F], or None; ``dropout``: of
+    the one adapter, or None."""
     rows, features = gate_up.shape[0], gate_up.shape[1] // 2
-    made = _plan_of(dz, features, ds, layout, activation, forward=False)
+    made = _plan_of(dz, features, ds, layout, activation, forward=False, dropout=dropout is not None)
     if made is None:
         return None
     dgate_up, hidden = torch.empty_like(gate_up), gate_up.new_empty((rows, features))
-    done = attempt(NAME, made, dz, weight, dz if ds is None else ds, weight if a is None else a, gate_up, dgate_up, hidden, rows)
+    drop = launch.dropout_arguments(dropout, dz)
+    done = attempt(
+        NAME, made, dz, weight, dz if ds is None else ds, weight if a is None else a, gate_up, dgate_up, hidden,
+        drop.tokens, rows, drop.seeds[0], drop.threshold, drop.keep_scale, 1,
+    )  # fmt: skip
     return (dgate_up, hidden) if done else None

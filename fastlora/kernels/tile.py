@@ -44,7 +44,7 @@ def philox(c0, c1, c2, seed):
     key = seed.to(tl.uint64)  # the interpreter holds a number by its size, whatever its type says
     k0 = (key & 0xFFFFFFFF).to(tl.uint32)
     k1 = ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    c3 = tl.zeros_like(c0)
+    c3 = c0 ^ c0
     for _ in tl.static_range(7):
         b_first = c0.to(tl.uint64) * 0xD2511F53
         b_second = c2.to(tl.uint64) * 0xCD9E8D57

@@ -268,7 +268,7 @@ def _attention_backward(plan: Plan, dh1: torch.Tensor, place: Place, drops, kept
     if needs_dh:
         dx, ds, db = plan.qkv.backward(dqkv, kept.s[0], drops[0], place.chunks, beside)
     else:
-        ds, db = plan.qkv.low_backward(dqkv, kept.s[0], drops[0], place.chunks)
+        ds, db = plan.qkv.low_backward(dqkv, kept.s[0], drops[0], place.chunks, beside)
     norm, x, dh = plan.before_attention, kept.h, None
     if norm is None:
         dh = dh1 + dx if needs_dh else None

@@ -39,12 +39,9 @@ def gated_backward(
     activation: str, beside: Beside,
 ):  # fmt: skip
     """dz [M, K] of down's output -> (gradient of ``both`` [M, 2F], hidden [M, F] again, ds, db of :meth:`Projections.backward`)."""
-    if dropout is not None:
-        dhidden, ds, db = down.backward(dz, s, dropout, chunks, beside)
-        return *glu_backward(dhidden, both, activation, emit=True), ds, db
     with beside.product(dz.shape[0] * down.weight.numel()):
-        ds, db = down.low_backward(dz, s, None, chunks)
-        made = gemm_glu.backward(dz, down.weight, ds, down.a, down.layout, activation, both)
+        ds, db = down.low_backward(dz, s, dropout, chunks, beside)
+        made = gemm_glu.backward(dz, down.weight, ds, down.a, down.layout, activation, both, dropout)
         if made is None:
-            made = glu_backward(down.dx(dz, ds, None), both, activation, emit=True)
+            made = glu_backward(down.dx(dz, ds, dropout), both, activation, emit=True)
     return *made, ds, db

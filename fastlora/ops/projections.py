@@ -26,7 +26,7 @@ from fastlora.kernels.project import project
 from fastlora.kernels.token_sum import Sink, sum_a
 from fastlora.ops.beside import Beside, Later
 from fastlora.ops.dropout import module_key
-from fastlora.ops.triton_path import kernel_dropout, low_rank_gradients, products_backward, products_forward
+from fastlora.ops.triton_path import kernel_dropout, low_backward, products_backward, products_forward
 from fastlora.stream import Stream
 from fastlora.token_sum import TokenSum
 
@@ -202,13 +202,12 @@ class Projections:
         return None if sinks is None else sinks[1]
 
     def low_backward(
-        self, dy: torch.Tensor, s: torch.Tensor | None, dropout: Dropout | None, chunks: Chunks
+        self, dy: torch.Tensor, s: torch.Tensor | None, dropout: Dropout | None, chunks: Chunks, beside: Beside
     ) -> tuple[torch.Tensor | None, Later | None]:
         """dy [M, N] -> (ds [M, columns], db for :meth:`gradients`), or (None, None) without an adapter."""
         if not self.adapted:
             return None, None
-        db, ds = low_rank_gradients(dy, s, self.b, self.layout, chunks, self._sink_b(), dropout)
-        return ds, Later(None, db)
+        return low_backward(dy, s, self.b, self.layout, dropout, chunks, self._sink_b(), beside)
 
     def dx(self, dy: torch.Tensor, ds: torch.Tensor | None, dropout: Dropout | None) -> torch.Tensor:
         """dy [M, N] and ds of :meth:`low_backward` -> dx [M, K]."""

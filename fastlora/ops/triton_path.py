@@ -99,12 +99,16 @@ def products_backward(dy, s, weight, a, b, layout, dropout, chunks, sink, beside
             made = gemm_with_low(dy, weight, b, a, None, transposed=False, layout=layout)
             if made is not None:
                 return *made, beside.add(_db, dy, s, layout, chunks, sink)
-        if dropout is not None and ds_apart(dy, layout, dropout):
-            ds, db = project(dy, b, layout, transposed=True), beside.add(_db, dy, s, layout, chunks, sink)
-        else:
-            db, ds = low_rank_gradients(dy, s, b, layout, chunks, sink, dropout)
-            db = Later(None, db)
+        ds, db = low_backward(dy, s, b, layout, dropout, chunks, sink, beside)
         return gemm(dy, weight, ds, a, transposed=False, dropout=dropout, layout=layout), ds, db
+
+
+def low_backward(dy, s, b, layout, dropout, chunks, sink, beside):
+    """(ds [M, columns], db as of :func:`products_backward`)."""
+    if dropout is None or not ds_apart(dy, layout, dropout):
+        db, ds = low_rank_gradients(dy, s, b, layout, chunks, sink, dropout)
+        return ds, Later(None, db)
+    return project(dy, b, layout, transposed=True), beside.add(_db, dy, s, layout, chunks, sink)
 
 
 def _db(dy, s, layout, chunks, sink):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastlora.kernels import gemm_glu, hopper
+from fastlora.kernels import gemm_glu, hopper, launch
 from fastlora.kernels.columns import Columns
 from fastlora.kernels.gemm import gemm
 from fastlora.kernels.glu import glu_backward, glu_forward
+from fastlora.ops.dropout import keep_scale, threshold
 from tests import split_cases as cases
 from tests.gpu_marks import HOPPER
 from tests.models import tiny_model
@@ -59,6 +60,19 @@ def test_the_gate_in_the_epilogue_has_the_bits_of_a_kernel_of_its_own(shape, dty
         assert torch.equal(found[0], both) and torch.equal(found[1], hidden)
         found = gemm_glu.backward(dz, down, ds, a, single, activation, both)
         assert torch.equal(found[0], dboth) and torch.equal(found[1], hidden)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[3]], ids=str)
+def test_the_gate_behind_dropout_in_the_epilogue_has_the_bits_of_kernels_of_their_own(shape, dtype, monkeypatch):
+    (x, weight, s, b, layout), (dz, down, ds, a, single) = both_sides(shape, dtype)
+    both, tokens = gemm(x, weight, s, b, transposed=True, layout=layout), torch.randint(2**62, (len(x),), device="cuda")
+    drop = launch.Dropout(threshold(0.1), keep_scale(0.1), (2**61 + 3,), tokens)
+    found = [gemm_glu.backward(dz, down, ds, a, single, shape[-1], both, drop) for _ in range(3)]
+    monkeypatch.setattr(hopper, "compiles", lambda kernel: False)
+    dboth, hidden = glu_backward(gemm(dz, down, ds, a, transposed=False, layout=single, dropout=drop), both, shape[-1], emit=True)
+    for one in found:
+        assert torch.equal(one[0], dboth) and torch.equal(one[1], hidden)
 
 
 def test_a_fused_model_has_the_same_digest_with_the_gate_by_itself(monkeypatch):
