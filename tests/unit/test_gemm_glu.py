@@ -31,10 +31,10 @@ def columns(rank, features, count=2):
     return Columns((rank,) * count, tuple(i * features for i in range(count)), (features,) * count, (1.0,) * count)
 
 
-def planned(rows=8192, inner=4096, features=14336, rank=16, count=2, *, forward=True, dtype=HALF, activation="silu"):
+def planned(rows=8192, inner=4096, features=14336, rank=16, count=2, *, forward=True, dropout=False, dtype=HALF, activation="silu"):
     layout = columns(rank, features, count) if rank else None
     stored = layout.columns if rank else 0
-    return gemm_glu.plan(rows, inner, features, stored, layout, activation, forward, dtype, torch.device("cpu"))
+    return gemm_glu.plan(rows, inner, features, stored, layout, activation, forward, dropout, dtype, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -68,9 +68,10 @@ def test_a_kernel_is_given_its_blocks_and_constants(monkeypatch, forward):
     seen = {}
 
     def launched(self, *arguments):
-        described = self._described(arguments)
-        seen.update(kernel=self.kernel, blocks=[d.block_shape for d in described[:-1]], shapes=[d.shape for d in described[:-1]],
-                    rows=described[-1], grid=self.grid, **self.constants)
+        described = [one for one in self._described(arguments) if hasattr(one, "block_shape")]
+        rest = [one for one in arguments if isinstance(one, (int, float))]
+        seen.update(kernel=self.kernel, blocks=[d.block_shape for d in described], shapes=[d.shape for d in described],
+                    rows=rest[0], grid=self.grid, **self.constants)
 
     monkeypatch.setattr(launch.Launch, "__call__", launched)
     if forward:
