@@ -1,0 +1,88 @@
+"""Which products have dropout in the epilogue of the warp-specialised kernel, and what it is given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fastlora.kernels import gemm_dropout, hopper, launch, tables
+from fastlora.kernels.columns import Columns
+from fastlora.kernels.gemm import gemm
+
+if hopper.MISSING is not None:
+    pytest.skip(f"this Triton has no Gluon: {hopper.MISSING}", allow_module_level=True)
+
+HALF = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def h200(monkeypatch):
+    monkeypatch.setattr(hopper, "_refused", {})
+    monkeypatch.setattr(launch, "persistent_programs", lambda device: 132)
+    monkeypatch.setattr(launch, "arch_at", lambda device: "sm_90")
+    gemm_dropout.plan.cache_clear()
+    yield
+    gemm_dropout.plan.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "count, padded, expected", [(1, 16, (1, 16)), (3, 16, (1, 16)), (3, 64, (1, 64)), (2, 128, (2, 64)), (1, 256, (4, 64)), (3, 128, None), (2, 256, None)]
+)
+def test_rank_columns_of_each_projection_begin_a_place_of_the_ring(count, padded, expected):
+    assert gemm_dropout.places_of(count, padded, tables.GEMM_SPECIALIZED[-1]) == expected
+
+
+@pytest.mark.parametrize(
+    "rows, inner, outer, padded, count, served",
+    [
+        (8192, 6144, 4096, 16, 3, True), (8192, 6144, 4096, 128, 3, False), (128, 4096, 4096, 16, 1, False), (8192, 6144, 4100, 16, 3, False),
+        (8192, 64, 4096, 16, 1, False),
+    ],
+)  # fmt: skip
+def test_which_products_it_serves(rows, inner, outer, padded, count, served):
+    made = gemm_dropout.plan(rows, inner, outer, 4 * padded, padded, count, HALF, torch.device("cpu"))
+    assert (made is not None) is served
+    if served:
+        assert made.grid[0] == launch.even_programs(64 * 16, torch.device("cpu")) == 128
+
+
+def dropout(rows: int, count: int) -> launch.Dropout:
+    return launch.Dropout(6554, 1.1, tuple(range(5, 5 + count)), torch.zeros(rows, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_the_backward_takes_it_and_the_forward_does_not(monkeypatch, transposed):
+    seen = []
+    monkeypatch.setattr(launch.Launch, "__call__", lambda self, *arguments: seen.append((self, arguments)))
+    layout = Columns((16, 16), (0, 1024), (1024, 1024), (1.0, 1.0))
+    dy, s = torch.zeros(4096, 2048, dtype=HALF), torch.zeros(4096, layout.columns, dtype=HALF)
+    weight, a = torch.zeros(2048, 2048, dtype=HALF), torch.zeros(layout.columns, 2048, dtype=HALF)
+    gemm(dy, weight, s, a.t().contiguous() if transposed else a, transposed=transposed, dropout=dropout(4096, 2), layout=layout)
+    ((made, arguments),) = seen
+    assert (made.kernel is gemm_dropout.gemm_dropout_kernel) is not transposed
+    if not transposed:
+        blocks = [list(one.block_shape) for one in made._described(arguments) if hasattr(one, "block_shape")]
+        assert blocks == [[64, 64], [64, 256], [64, 64], [64, 256], [64, 64]]
+        assert (made.constants["PLACES"], made.constants["DEPTH"]) == (1, 16)
+        # rows, a seed a projection and one for none, the threshold in the upper half of a word, scale, projections
+        assert arguments[6:] == (4096, 5, 6, 0, 6554 << 16, 1.1, 2)
+
+
+def test_a_kernel_that_does_not_compile_leaves_the_product_to_the_portable_one(monkeypatch):
+    kernels = []
+
+    def launched(self, *arguments):
+        kernels.append(self.kernel)
+        if self.kernel is gemm_dropout.gemm_dropout_kernel:
+            raise RuntimeError("PassManager::run failed")
+
+    monkeypatch.setattr(launch.Launch, "__call__", launched)
+    layout = Columns((16,), (0,), (2048,), (1.0,))
+    dy, ds = torch.zeros(4096, 2048, dtype=HALF), torch.zeros(4096, 16, dtype=HALF)
+    weight, a = torch.zeros(2048, 2048, dtype=HALF), torch.zeros(16, 2048, dtype=HALF)
+    with pytest.warns(UserWarning, match="GEMM with dropout does not compile"):
+        gemm(dy, weight, ds, a, transposed=False, dropout=dropout(4096, 1), layout=layout)
+    gemm(dy, weight, ds, a, transposed=False, dropout=dropout(4096, 1), layout=layout)
+    assert [kernel is gemm_dropout.gemm_dropout_kernel for kernel in kernels] == [True, False, False]
