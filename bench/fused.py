@@ -40,10 +40,10 @@ class Group(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, s = ctx.saved_tensors
-        chunks, beside = _chunks(dy), _beside(dy)
-        dx, ds, db = ctx.group.backward(dy, s, None, chunks, beside)
-        found = beside.add(ctx.group.gradients, x, ds, db, None, chunks)
-        beside.finish()
+        chunks = _chunks(dy)
+        with _beside(dy) as beside:
+            dx, ds, db = ctx.group.backward(dy, s, None, chunks, beside)
+            found = beside.add(ctx.group.gradients, x, ds, db, None, chunks)
         return dx, None, *found.value
 
 
@@ -67,12 +67,12 @@ class Mlp(torch.autograd.Function):
 
         x, both, s, s_down = ctx.saved_tensors
         gate_up, down = ctx.groups
-        chunks, beside = _chunks(dy), _beside(dy)
-        dboth, hidden, ds, db = gated_backward(down, dy, s_down, None, chunks, both, "silu", beside)
-        of_down = beside.add(down.gradients, hidden, ds, db, None, chunks)
-        dx, ds, db = gate_up.backward(dboth, s, None, chunks, beside)
-        of_gate_up = beside.add(gate_up.gradients, x, ds, db, None, chunks)
-        beside.finish()
+        chunks = _chunks(dy)
+        with _beside(dy) as beside:
+            dboth, hidden, ds, db = gated_backward(down, dy, s_down, None, chunks, both, "silu", beside)
+            of_down = beside.add(down.gradients, hidden, ds, db, None, chunks)
+            dx, ds, db = gate_up.backward(dboth, s, None, chunks, beside)
+            of_gate_up = beside.add(gate_up.gradients, x, ds, db, None, chunks)
         return dx, None, None, *of_gate_up.value, *of_down.value
 
 

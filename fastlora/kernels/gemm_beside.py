@@ -13,7 +13,7 @@ from fastlora.kernels.hopper import MISSING, attempt, describe, gl, gluon, reint
 NAME = "GEMM with S"
 # Multiplications from which on it is asked whether tiles leave room: a smaller product has few tiles, and its call is bound by the host.
 LEAST = 2**32
-# The kernel's tensors; those of the first row are described.
+# The kernel's described tensors.
 OPERANDS = ("d_x", "d_w", "d_s", "d_b", "d_f", "d_y")
 
 
@@ -25,13 +25,13 @@ if MISSING is None:
     @gluon.jit
     def load_either(
         d_x, d_w, d_s, d_b, d_f, p_ready, s_x, s_w, s_rows, s_f, full, empty, num_m, helpers,
-        N: gl.constexpr, K: gl.constexpr, R: gl.constexpr, SECOND: gl.constexpr, THIRD: gl.constexpr, S1: gl.constexpr, S2: gl.constexpr,
-        F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+        N: gl.constexpr, K: gl.constexpr, R: gl.constexpr, SECOND: gl.constexpr, THIRD: gl.constexpr, S0: gl.constexpr, S1: gl.constexpr,
+        S2: gl.constexpr, F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
         BK: gl.constexpr, STAGES: gl.constexpr, DEEP: gl.constexpr, TRANSPOSED: gl.constexpr, GROUP: gl.constexpr,
     ):  # fmt: skip
         """The loading warp of a program of S or of one with tiles."""
         if gl.program_id(0) < helpers:
-            load_low(d_x, d_f, s_rows, s_f, full, empty, num_m, helpers, S1, S2, F0, F1, F2, GROUPS, C, BM, BK, DEEP, TRANSPOSED)
+            load_low(d_x, d_f, s_rows, s_f, full, empty, num_m, helpers, S0, S1, S2, F0, F1, F2, GROUPS, C, BM, BK, DEEP, TRANSPOSED)
         else:
             load_tiles(
                 d_x, d_w, d_s, d_b, p_ready, s_x, s_w, full, empty, num_m, helpers,
@@ -61,8 +61,8 @@ if MISSING is None:
     def gemm_beside_kernel(
         d_x, d_w, d_s, d_b, d_f, d_y, p_bias, p_low, p_scale, p_ready, M, helpers,
         N: gl.constexpr, K: gl.constexpr, R: gl.constexpr, SECOND: gl.constexpr, THIRD: gl.constexpr, TRANSPOSED: gl.constexpr,
-        BIAS: gl.constexpr, LR: gl.constexpr, SUM: gl.constexpr, S1: gl.constexpr, S2: gl.constexpr, F0: gl.constexpr, F1: gl.constexpr,
-        F2: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+        BIAS: gl.constexpr, LR: gl.constexpr, SUM: gl.constexpr, S0: gl.constexpr, S1: gl.constexpr, S2: gl.constexpr, F0: gl.constexpr,
+        F1: gl.constexpr, F2: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
         GROUP: gl.constexpr,
     ):  # fmt: skip
         """As ``gemm_specialized_kernel``, and d_f: of A [LR, K] if TRANSPOSED, else of B [K, LR], blocks of C rank columns; p_low: what d_s
@@ -88,7 +88,7 @@ if MISSING is None:
                 )),
                 (load_either, (
                     d_x, d_w, d_s, d_b, d_f, p_ready, s_x, s_w, s_rows, s_f, full, empty, num_m, helpers,
-                    N, K, R, SECOND, THIRD, S1, S2, F0, F1, F2, GROUPS, C, BM, BN, BK, STAGES, DEEP, TRANSPOSED, GROUP,
+                    N, K, R, SECOND, THIRD, S0, S1, S2, F0, F1, F2, GROUPS, C, BM, BN, BK, STAGES, DEEP, TRANSPOSED, GROUP,
                 )),
             ],
             [4, 1],
@@ -117,9 +117,8 @@ def plan(rows, inner, outer, layout, transposed, biased, dtype, device) -> tuple
     wide["d_f"] = inner if transposed else stored
     blocks = gemm_specialized.blocks_of(tile, transposed=transposed) | {"d_f": factor_block(low, tile, transposed=transposed)}
     made = tuple(launch.describer(dtype, wide[name], *blocks[name], describe) for name in OPERANDS)
-    programs = launch.even_programs(launch.cdiv(rows, tile.bm) * launch.cdiv(outer, tile.bn), device)
     return launch.Launch(
-        gemm_beside_kernel, (programs + helpers,), tile, made,
+        gemm_beside_kernel, (launch.persistent_programs(device),), tile, made,
         N=outer, K=inner, R=rank, SECOND=second, THIRD=third, TRANSPOSED=transposed, BIAS=biased, LR=stored, **low.constants(),
         BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group,
     ), helpers  # fmt: skip

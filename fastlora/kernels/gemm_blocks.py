@@ -38,6 +38,17 @@ if MISSING is None:
             copy_in(d_w, [i_k, n0], bar, s_w.index(stage))
 
     @gluon.jit
+    def load_blocks(
+        d_x, d_w, s_x, s_w, full, empty, turn, m0, n0, START: gl.constexpr, WIDTH: gl.constexpr,
+        BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr,
+    ):  # fmt: skip
+        """Copy the blocks of WIDTH features from START on; the ring's turn after them."""
+        for i_k in range(START, START + WIDTH, BK):
+            load_block(d_x, d_w, s_x, s_w, full, empty, turn, m0, n0, i_k, BM, BN, BK, STAGES, TRANSPOSED)
+            turn += 1
+        return turn
+
+    @gluon.jit
     def add_block(
         b_acc, s_x, s_w, full, empty, turn, before,
         HALF: gl.constexpr, DEPTH: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr,

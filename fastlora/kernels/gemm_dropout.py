@@ -29,7 +29,7 @@ OPERANDS = ("d_x", "d_w", "d_s", "d_b", "d_y")
 
 
 if MISSING is None:
-    from fastlora.kernels.gemm_blocks import load_block, multiply_tile, quarters, tile_at
+    from fastlora.kernels.gemm_blocks import load_block, load_blocks, multiply_tile, quarters, tile_at
     from fastlora.kernels.ring import leave, ring
 
     # the same function, compiled for Gluon
@@ -130,9 +130,7 @@ if MISSING is None:
         turn = 0
         for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
             i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
-            for i_k in range(0, K, BK):
-                load_block(d_x, d_w, s_x, s_w, full, empty, turn, i_m * BM, i_n * BN, i_k, BM, BN, BK, STAGES, False)
-                turn += 1
+            turn = load_blocks(d_x, d_w, s_x, s_w, full, empty, turn, i_m * BM, i_n * BN, 0, K, BM, BN, BK, STAGES, False)
             for i in range(count * PLACES):
                 load_block(d_s, d_b, s_x, s_w, full, empty, turn, i_m * BM, i_n * BN, i * DEPTH, BM, BN, BK, STAGES, False)
                 turn += 1

@@ -36,7 +36,7 @@ NAME = "GEMM with a gate"
 
 
 if MISSING is None:
-    from fastlora.kernels.gemm_blocks import load_block, load_halves, multiply_tile, quarters, tile_at
+    from fastlora.kernels.gemm_blocks import load_block, load_blocks, load_halves, multiply_tile, quarters, tile_at
     from fastlora.kernels.gemm_dropout import add_rank_blocks
     from fastlora.kernels.ring import claim, leave, ring
 
@@ -109,9 +109,7 @@ if MISSING is None:
         for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
             i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
             m0, n0 = i_m * BM, i_n * BN
-            for i_k in range(0, K, BK):
-                load_block(d_x, d_w, s_x, s_w, full, empty, turn, m0, n0, i_k, BM, BN, BK, STAGES, False)
-                turn += 1
+            turn = load_blocks(d_x, d_w, s_x, s_w, full, empty, turn, m0, n0, 0, K, BM, BN, BK, STAGES, False)
             for i in gl.static_range(BLOCKS):
                 load_block(d_s, d_b, s_x, s_w, full, empty, turn, m0, n0, i * DEPTH, BM, BN, BK, STAGES, False)
                 turn += 1

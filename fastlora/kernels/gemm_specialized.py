@@ -31,7 +31,7 @@ OPERANDS = ("d_x", "d_w", "d_s", "d_b", "p_bias", "d_y")
 
 
 if MISSING is None:
-    from fastlora.kernels.gemm_blocks import load_block, multiply_tile, quarters, tile_at
+    from fastlora.kernels.gemm_blocks import load_block, load_blocks, multiply_tile, quarters, tile_at
     from fastlora.kernels.project_beside import await_low
     from fastlora.kernels.ring import leave, ring
 
@@ -57,9 +57,7 @@ if MISSING is None:
         turn = 0
         for tile in range(gl.program_id(0) - helpers, num_m * num_n, gl.num_programs(0) - helpers):
             i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
-            for i_k in range(0, K, BK):
-                load_block(d_x, d_w, s_x, s_w, full, empty, turn, i_m * BM, i_n * BN, i_k, BM, BN, BK, STAGES, TRANSPOSED)
-                turn += 1
+            turn = load_blocks(d_x, d_w, s_x, s_w, full, empty, turn, i_m * BM, i_n * BN, 0, K, BM, BN, BK, STAGES, TRANSPOSED)
             if BESIDE:
                 await_low(p_ready, i_m, num_n)
             r0 = first_column(i_n * BN, R, SECOND, THIRD)

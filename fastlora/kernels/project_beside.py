@@ -22,7 +22,7 @@ from fastlora.kernels.hopper import MISSING, barrier, gl, gluon
 from fastlora.kernels.tables import DS_IN_TOKEN_SUM_MAX_RANK
 
 if MISSING is None:
-    from fastlora.kernels.gemm_blocks import load_block, multiply_tile
+    from fastlora.kernels.gemm_blocks import load_blocks, multiply_tile
 
     @gluon.jit
     def order_memory(any_number):
@@ -32,29 +32,18 @@ if MISSING is None:
         )
 
     @gluon.jit
-    def load_group(
-        d_x, d_f, s_x, s_f, full, empty, turn, m0, c0, START: gl.constexpr, WIDTH: gl.constexpr,
-        C: gl.constexpr, BM: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr,
-    ):  # fmt: skip
-        """Bring WIDTH features of BM rows, and of C rank columns; the ring's turn after it."""
-        for i_k in range(START, START + WIDTH, BK):
-            load_block(d_x, d_f, s_x, s_f, full, empty, turn, m0, c0, i_k, BM, C, BK, STAGES, TRANSPOSED)
-            turn += 1
-        return turn
-
-    @gluon.jit
     def load_low(
         d_x, d_f, s_x, s_f, full, empty, num_m, helpers,
-        S1: gl.constexpr, S2: gl.constexpr, F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
-        BM: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr,
+        S0: gl.constexpr, S1: gl.constexpr, S2: gl.constexpr, F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr, GROUPS: gl.constexpr,
+        C: gl.constexpr, BM: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr,
     ):  # fmt: skip
-        """The loading warp of a program of S: F0 features from the first on for the first group of C columns, F1 from S1 on, F2 from S2 on."""
+        """The loading warp of a program of S: F0 features from S0 on for the first group of C columns, F1 from S1 on, F2 from S2 on."""
         turn = 0
         for i_m in range(gl.program_id(0), num_m, helpers):
             for i_p in gl.static_range(min(GROUPS, 3)):
-                turn = load_group(
-                    d_x, d_f, s_x, s_f, full, empty, turn, i_m * BM, i_p * C, 0 if i_p == 0 else S1 if i_p == 1 else S2,
-                    F0 if i_p == 0 else F1 if i_p == 1 else F2, C, BM, BK, STAGES, TRANSPOSED,
+                turn = load_blocks(
+                    d_x, d_f, s_x, s_f, full, empty, turn, i_m * BM, i_p * C, S0 if i_p == 0 else S1 if i_p == 1 else S2,
+                    F0 if i_p == 0 else F1 if i_p == 1 else F2, BM, C, BK, STAGES, TRANSPOSED,
                 )  # fmt: skip
 
     @gluon.jit
@@ -136,8 +125,7 @@ class Low:
     def constants(self) -> dict[str, int]:
         """For the kernels."""
         starts, widths = starts_and_widths(tuple(zip(self.starts, self.widths)))
-        of_starts = dict(zip(("S1", "S2"), starts[1:]))
-        return of_starts | dict(zip(("F0", "F1", "F2"), widths)) | dict(GROUPS=self.groups, C=self.columns, SUM=self.sum)
+        return dict(zip(("S0", "S1", "S2"), starts)) | dict(zip(("F0", "F1", "F2"), widths)) | dict(GROUPS=self.groups, C=self.columns, SUM=self.sum)
 
 
 def low_of(layout, inner: int, dtype: torch.dtype, arch: str, *, transposed: bool) -> Low:

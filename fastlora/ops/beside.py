@@ -6,8 +6,9 @@ and multiply little. They begin when the product does, are over before the next 
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -30,58 +31,55 @@ class Later:
 
 
 class Beside:
-    """Sums that wait for a product to run beside: one object a backward, on one device."""
+    """Sums that wait for a product to run beside, for ``with``: one block a backward, on one device. All have run when it ends.
+
+    If it ends by an error, those that run are waited for: what they add to may be zeroed next, and what they read written again.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._waiting: list[Later] = []
         self._running: list[Callable] = []
-        self._large = False
-        self._begun: torch.cuda.Event | None = None
+
+    def __enter__(self) -> Beside:
+        return self
+
+    def __exit__(self, error, *rest) -> None:
+        if error is None:
+            self._run()
+        self._join()
 
     def add(self, call: Callable, *arguments) -> Later:
-        """``call(*arguments)`` is to run beside the next product, or at :meth:`finish`. The current stream must not write what it reads."""
+        """``call(*arguments)`` is to run beside the next product, or at the block's end. The current stream must not write what it reads."""
         later = Later(functools.partial(call, *arguments))
         self._waiting.append(later)
         return later
 
-    def product(self, multiplications: int) -> Beside:
-        """For ``with``, a block that starts a product of so many multiplications: what waits at its end runs beside it, or if it is small
-        after it.
+    @contextlib.contextmanager
+    def product(self, multiplications: int) -> Iterator[None]:
+        """A block that starts a product of so many multiplications: what waits at its end runs beside it, or if it is small after it.
 
         A sum that is added inside must not read what the block makes: it waits for what came before the block alone. The current stream
         goes on without the sums, until the next product begins.
         """
-        self._large = multiplications >= LARGE and self.device.type == "cuda"
-        return self
-
-    def __enter__(self) -> None:
-        if self._large:
-            self._join()
-            self._begun = torch.cuda.current_stream(self.device).record_event()
-
-    def __exit__(self, error, *rest) -> None:
-        if error is not None:
-            return
-        if not self._large:
+        if self.device.type != "cuda" or multiplications < LARGE:
+            yield
             self._run()
-        elif self._waiting:  # the product has started: before it, they would take its multiprocessors
+            return
+        self._join()
+        begun = torch.cuda.current_stream(self.device).record_event()
+        yield
+        if self._waiting:  # the product has started: before it, they would take its multiprocessors
             second = _second(self.device.index)
             with torch.cuda.stream(second):
-                second.wait_event(self._begun)
-                self._running = self._run()
+                second.wait_event(begun)
+                self._running = [later.call for later in self._waiting]
+                self._run()
 
-    def finish(self) -> None:
-        """Run what waits; then all has run that was added."""
-        self._run()
-        self._join()
-
-    def _run(self) -> list[Callable]:
-        waiting, self._waiting = self._waiting, []
-        calls = [later.call for later in waiting]
-        for later in waiting:
+    def _run(self) -> None:
+        while self._waiting:
+            later = self._waiting.pop(0)
             later.value, later.call = later.call(), None
-        return calls
 
     def _join(self) -> None:
         if self._running:

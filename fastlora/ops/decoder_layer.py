@@ -302,10 +302,9 @@ class _DecoderLayer(torch.autograd.Function):
         if plan.checkpoint:
             kept = _again(plan, kept.h, place, ctx.drops)
         dout = dout.contiguous()
-        beside = Beside(dout.device)
-        dh1, of_mlp = _mlp_backward(plan, dout, place, ctx.drops, kept, beside)
-        dh, of_attention = _attention_backward(plan, dh1, place, ctx.drops, kept, ctx.needs_input_grad[0], beside)
-        beside.finish()
+        with Beside(dout.device) as beside:
+            dh1, of_mlp = _mlp_backward(plan, dout, place, ctx.drops, kept, beside)
+            dh, of_attention = _attention_backward(plan, dh1, place, ctx.drops, kept, ctx.needs_input_grad[0], beside)
         return dh, None, None, *(gradient for of_group in of_attention + of_mlp for gradient in of_group.value)
 
 

@@ -82,10 +82,9 @@ def backward_triton(
     if not needs_dx:
         db, ds = low_rank_gradients(dy, s, b, layout, chunks, sums_b, drop)
         return None, sum_a(x, ds, layout, chunks, sink=sums_a, dropout=drop), db
-    beside = Beside(dy.device)
-    dx, ds, db = products_backward(dy, s, weight, a, b, layout, drop, chunks, sums_b, beside)
-    da = sum_a(x, ds, layout, chunks, sink=sums_a, dropout=drop)
-    beside.finish()
+    with Beside(dy.device) as beside:
+        dx, ds, db = products_backward(dy, s, weight, a, b, layout, drop, chunks, sums_b, beside)
+        da = sum_a(x, ds, layout, chunks, sink=sums_a, dropout=drop)
     return dx, da, db.value
 
 

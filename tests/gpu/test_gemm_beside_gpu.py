@@ -65,6 +65,21 @@ def test_s_in_the_products_launch_has_the_bits_of_a_kernel_of_its_own(shape, dty
     assert not project_beside.words(x.device).any()  # as they were, for the next launch
 
 
+@pytest.mark.parametrize("starts, widths", [((4096, 5120), (1024, 1024)), ((5120,), (1024,)), ((0, 5120), (4096, 1024))], ids=str)
+def test_layers_without_an_adapter_among_those_of_a_group(starts, widths):
+    pen = torch.Generator("cuda").manual_seed(starts[0])
+    layout = Columns((16,) * len(starts), starts, widths, (2.0,) * len(starts))
+    dy, weight = draw(pen, torch.bfloat16, 8192, 6144), draw(pen, torch.bfloat16, 6144, 4096, scale=6144**-0.5)
+    a, b = draw(pen, torch.bfloat16, layout.columns, 4096), torch.zeros(6144, layout.columns, dtype=torch.bfloat16, device="cuda")
+    for place, (start, width) in enumerate(layout.ranges):
+        b[start : start + width, place * 16 : place * 16 + 16] = draw(pen, torch.bfloat16, width, 16, scale=0.1)
+    s = torch.zeros(8192, layout.columns, dtype=torch.bfloat16, device="cuda")
+    _, ds = low_rank_gradients(dy, s, b, layout, chunks_of(len(dy), None, dy.device), None)
+    found = gemm_beside.run(dy, weight, b, a, None, transposed=False, layout=layout)
+    assert ds[:, : 16 * len(starts)].any(0).all()
+    assert torch.equal(found[1], ds) and torch.equal(found[0], gemm(dy, weight, ds, a, transposed=False, layout=layout))
+
+
 def test_launches_on_several_streams_do_not_disturb_each_other():
     x, _, weight, a, b, layout = inputs(SHAPES[3], torch.bfloat16)
     expected = gemm_beside.run(x, weight, a, b, None, transposed=True, layout=layout)

@@ -48,59 +48,67 @@ def on_gpu() -> Beside:
 
 
 def test_a_large_product_starts_first_and_is_joined_by_the_next(streams):
-    work = on_gpu()
-    first = work.add(streams.sum, "a")
-    with work.product(LARGE):
-        second = work.add(streams.sum, "b")
-        streams.seen.append("product")
-    assert streams.seen == ["event", "product", "second waits", "a beside", "b beside"]
-    assert (first.value, second.value) == ("a", "b")
-    with work.product(LARGE):
-        streams.seen.append("product")
-    assert streams.seen[5:] == ["joined", "event", "product"]
-    work.finish()
+    with on_gpu() as work:
+        first = work.add(streams.sum, "a")
+        with work.product(LARGE):
+            second = work.add(streams.sum, "b")
+            streams.seen.append("product")
+        assert streams.seen == ["event", "product", "second waits", "a beside", "b beside"]
+        assert (first.value, second.value) == ("a", "b")
+        with work.product(LARGE):
+            streams.seen.append("product")
+        assert streams.seen[5:] == ["joined", "event", "product"]
     assert streams.seen[8:] == []
 
 
-def test_finish_runs_what_waits_on_the_current_stream_then_joins(streams):
-    work = on_gpu()
-    with work.product(LARGE):
-        work.add(streams.sum, "a")
-    last = work.add(streams.sum, "b")
-    work.finish()
+def test_what_waits_at_the_end_runs_on_the_current_stream_and_then_all_are_joined(streams):
+    with on_gpu() as work:
+        with work.product(LARGE):
+            work.add(streams.sum, "a")
+        last = work.add(streams.sum, "b")
     assert streams.seen == ["event", "second waits", "a beside", "b here", "joined"] and last.value == "b"
 
 
 @pytest.mark.parametrize("device, size", [("cuda", LARGE - 1), ("cpu", LARGE)])
 def test_beside_a_small_product_and_on_a_cpu_sums_run_after_it(streams, device, size):
-    work = Beside(types.SimpleNamespace(type=device, index=0))
-    work.add(streams.sum, "a")
-    with work.product(size):
-        streams.seen.append("product")
-    work.finish()
+    with Beside(types.SimpleNamespace(type=device, index=0)) as work:
+        work.add(streams.sum, "a")
+        with work.product(size):
+            streams.seen.append("product")
     assert streams.seen == ["product", "a here"]
 
 
 def test_what_a_sum_reads_is_held_until_it_is_over_and_no_longer(streams):
-    work, tensor = on_gpu(), torch.zeros(3)
+    tensor = torch.zeros(3)
     alive = weakref.ref(tensor)
-    later = work.add(lambda t: t.shape, tensor)
-    with work.product(LARGE):
-        pass
-    del tensor
-    gc.collect()
-    assert later.value == (3,) and alive() is not None
-    work.finish()
+    with on_gpu() as work:
+        later = work.add(lambda t: t.shape, tensor)
+        with work.product(LARGE):
+            pass
+        del tensor
+        gc.collect()
+        assert later.value == (3,) and alive() is not None
     gc.collect()
     assert alive() is None
 
 
 def test_an_error_in_the_product_reaches_the_caller_and_runs_no_sum(streams):
-    work = on_gpu()
-    work.add(streams.sum, "a")
-    with pytest.raises(RuntimeError, match="out of memory"), work.product(LARGE):
-        raise RuntimeError("out of memory")
+    with pytest.raises(RuntimeError, match="out of memory"), on_gpu() as work:
+        work.add(streams.sum, "a")
+        with work.product(LARGE):
+            raise RuntimeError("out of memory")
     assert streams.seen == ["event"]
+
+
+def test_sums_that_run_are_waited_for_when_a_later_operation_fails(streams):
+    # what they add to is zeroed next, and the micro-batch tried again in smaller ones
+    with pytest.raises(RuntimeError, match="out of memory"), on_gpu() as work:
+        work.add(streams.sum, "a")
+        with work.product(LARGE):
+            pass
+        work.add(streams.sum, "b")
+        raise RuntimeError("out of memory")
+    assert streams.seen == ["event", "second waits", "a beside", "joined"]
 
 
 def test_a_value_that_is_there_already_needs_no_run():

@@ -77,9 +77,18 @@ def test_what_s_and_ds_are_made_of():
     low = project_beside.low_of(layout, 6144, torch.bfloat16, "sm_90", transposed=False)
     block = tables.token_sum_tile("sm_90", torch.bfloat16, 16, with_ds=True, features=6144).bn
     assert low == Low(16, 4, (0, 4096, 5120), QKV, block)
-    assert low.constants() == dict(S1=4096, S2=5120, F0=4096, F1=1024, F2=1024, GROUPS=4, C=16, SUM=block)
+    assert low.constants() == dict(S0=0, S1=4096, S2=5120, F0=4096, F1=1024, F2=1024, GROUPS=4, C=16, SUM=block)
     # of a high rank: one sum, as project.py makes it
     assert project_beside.low_of(columns(64, *QKV), 6144, torch.bfloat16, "sm_90", transposed=False) == Low(64, 4, (0, 4096, 5120), QKV, 4096)
+
+
+def test_the_first_adapter_of_a_group_may_lie_behind_a_layer_without_one():
+    # key and value have adapters and query has none; up has one and gate has none
+    low = project_beside.low_of(Columns((16, 16), (4096, 5120), (1024, 1024), (2.0, 2.0)), 6144, torch.bfloat16, "sm_90", transposed=False)
+    found = low.constants()
+    assert [found[name] for name in ("S0", "F0", "S1", "F1", "F2")] == [4096, 1024, 5120, 1024, 0]
+    low = project_beside.low_of(Columns((16,), (14336,), (14336,), (2.0,)), 28672, torch.bfloat16, "sm_90", transposed=False)
+    assert (low.constants()["S0"], low.constants()["F0"]) == (14336, 14336)
 
 
 @pytest.fixture
