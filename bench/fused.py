@@ -42,7 +42,7 @@ class Group(torch.autograd.Function):
         x, s = ctx.saved_tensors
         chunks = _chunks(dy)
         with _beside(dy) as beside:
-            dx, ds, db = ctx.group.backward(dy, s, None, chunks, beside)
+            dx, ds, db = ctx.group.backward(dy, s, None, chunks, beside, x)
             found = beside.add(ctx.group.gradients, x, ds, db, None, chunks)
         return dx, None, *found.value
 
@@ -71,7 +71,7 @@ class Mlp(torch.autograd.Function):
         with _beside(dy) as beside:
             dboth, hidden, ds, db = gated_backward(down, dy, s_down, None, chunks, both, "silu", beside)
             of_down = beside.add(down.gradients, hidden, ds, db, None, chunks)
-            dx, ds, db = gate_up.backward(dboth, s, None, chunks, beside)
+            dx, ds, db = gate_up.backward(dboth, s, None, chunks, beside, x)
             of_gate_up = beside.add(gate_up.gradients, x, ds, db, None, chunks)
         return dx, None, None, *of_gate_up.value, *of_down.value
 

@@ -11,8 +11,10 @@ from fastlora.kernels import (
     gemm_dropout,
     gemm_glu,
     gemm_specialized,
+    gemm_sums,
     hopper,
     project_beside,
+    sums_beside,
     tables,
 )
 
@@ -27,9 +29,11 @@ GEMM = {f"gemm_specialized{'' if tile.bn == gemm_specialized.WIDEST else f'_{til
 GLU = {f"gemm_glu_{activation}": activation for activation in ("silu", "gelu", "gelu_tanh")}
 # The GEMM with S in its launch.
 BESIDE = "gemm_beside"
+# The backward's with dS and sums over tokens in its launch: dB, and dA.
+SUMS = {"gemm_sums_b": False, "gemm_sums": True}
 # The backward's with dropout in its epilogue.
 DROPOUT = "gemm_dropout"
-OPERATIONS = (*GEMM, BESIDE, DROPOUT, *GLU, *ATTENTION)
+OPERATIONS = (*GEMM, BESIDE, *SUMS, DROPOUT, *GLU, *ATTENTION)
 
 
 def build_arguments(case, element: str, layout):
@@ -54,12 +58,28 @@ def build_arguments(case, element: str, layout):
         N=n, K=k, R=rank, SECOND=second, THIRD=third, TRANSPOSED=case.transposed, BIAS=case.dtype == torch.float16,
         BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group,
     )  # fmt: skip
-    if case.operation != BESIDE:
+    if case.operation != BESIDE and case.operation not in SUMS:
         return gemm_specialized.gemm_specialized_kernel, tile, signature, constants
     low = project_beside.low_of(layout, k, case.dtype, case.arch, transposed=case.transposed)
     signature |= {"d_f": block(*gemm_beside.factor_block(low, tile, transposed=case.transposed)), "helpers": "i32"}
     signature |= {"p_low": element, "p_scale": "*fp32", "p_ready": "*i32"}
-    return gemm_beside.gemm_beside_kernel, tile, signature, constants | low.constants() | {"LR": layout.columns}
+    constants |= low.constants() | {"LR": layout.columns}
+    if case.operation == BESIDE:
+        return gemm_beside.gemm_beside_kernel, tile, signature, constants
+    return _sums(case, block, layout, low, n, tile, signature, constants)
+
+
+def _sums(case, block, layout, low, n, tile, signature, constants):
+    with_a = SUMS[case.operation]
+    pieces = sums_beside.pieces_of(layout, n, low, 16, 8192, with_a=with_a)
+    signature |= dict.fromkeys(("d_dy", "d_in"), block(sums_beside.UNIT, sums_beside.FEATURES))
+    signature |= {"d_of_b": block(sums_beside.UNIT, low.columns), "d_of_a": block(sums_beside.UNIT, pieces.columns)}
+    signature |= dict.fromkeys(("p_db", "p_stats_b", "p_da", "p_stats_a", "first_b", "first_a"), "i64")
+    signature |= {name: f"*{signature[name]}" for name in ("p_db", "p_stats_b", "p_da", "p_stats_a")}
+    signature |= {"p_table": "*i32", "p_ends": "*i8", "units": "i32", "runs": "i32"}
+    constants |= dict(SUMS=1 + with_a, RANK=case.rank, C_A=pieces.columns, GROUPS_A=pieces.groups, PER_A=pieces.per, ROWS=project_beside.MOST_ROWS)
+    names = gemm_sums.gemm_sums_kernel.arg_names
+    return gemm_sums.gemm_sums_kernel, tile, *({k: v for k, v in some.items() if k in names} for some in (signature, constants))
 
 
 def _dropout(case, block, layout):
@@ -118,6 +138,8 @@ def all_cases(make) -> list:
     cases += [make(BESIDE, "sm_90", transposed=side) for side in (True, False)]
     cases += [make(BESIDE, "sm_90", rank=16, outer=6144, count=3, transposed=side) for side in (True, False)]
     cases += [make(BESIDE, "sm_90", torch.float16), make(BESIDE, "sm_90", rank=64, outer=6144, count=3, transposed=False)]
+    cases += [make(sums, "sm_90", rank=rank, outer=6144, count=3, transposed=False) for sums in SUMS for rank in (16, 64)]
+    cases += [make("gemm_sums", "sm_90", torch.float16, transposed=False)]
     cases += [make(DROPOUT, "sm_90", rank=rank, transposed=False, dropout=True) for rank in (16, 128)]
     cases += [make(DROPOUT, "sm_90", rank=64, outer=6144, count=3, transposed=False, dropout=True)]
     cases += [make(DROPOUT, "sm_90", torch.float16, transposed=False, dropout=True)]

@@ -105,6 +105,8 @@ ROWS_A_TILE = 3
 MOST_TURNS = 16
 # Words of a stream, so the most rows of tiles; and streams that have words of their own.
 MOST_ROWS, MOST_STREAMS = 1024, 64
+# Words behind them, for the sums of sums_beside.py.
+MORE = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,12 +157,12 @@ _words: dict[int, tuple[torch.Tensor, dict[int, torch.Tensor]]] = {}
 
 
 def words(device: torch.device) -> torch.Tensor | None:
-    """int32 [MOST_ROWS], zeros between launches, for launches on the current stream: those of one stream follow each other. None: all are
+    """int32 [MOST_ROWS + MORE], zeros between launches, for launches on the current stream: those of one stream follow each other. None: all are
     taken, or a graph is captured, which may run on any stream."""
     if torch.cuda.is_current_stream_capturing():
         return None
     if device.index not in _words:
-        _words[device.index] = torch.zeros(MOST_STREAMS, MOST_ROWS, dtype=torch.int32, device=device), {}
+        _words[device.index] = torch.zeros(MOST_STREAMS, MOST_ROWS + MORE, dtype=torch.int32, device=device), {}
         torch.cuda.synchronize(device)  # other streams use them too
     free, taken = _words[device.index]
     stream = launch.current_stream(device.index)

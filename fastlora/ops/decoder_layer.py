@@ -254,7 +254,7 @@ def _attention_backward(plan: Plan, dh1: torch.Tensor, place: Place, drops, kept
     if plan.after_attention is not None:
         norm = plan.after_attention
         dy, _ = norm_backward(dy, kept.y, kept.rstd_y, norm.weight, norm.style)
-    do, ds, db = plan.o.backward(dy, kept.s[1], drops[1], place.chunks, beside)
+    do, ds, db = plan.o.backward(dy, kept.s[1], drops[1], place.chunks, beside, kept.o)
     of_o = beside.add(plan.o.gradients, kept.o, ds, db, drops[1], place.chunks)
     v_of = kept.qkv if kept.raw is None else kept.raw
     q, k, v = _split(plan, kept.qkv, v_of)

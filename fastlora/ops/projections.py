@@ -214,22 +214,26 @@ class Projections:
         return gemm(dy, self.weight, ds, self.a, transposed=False, dropout=dropout, layout=self.layout)
 
     def backward(
-        self, dy: torch.Tensor, s: torch.Tensor | None, dropout: Dropout | None, chunks: Chunks, beside: Beside
+        self, dy: torch.Tensor, s: torch.Tensor | None, dropout: Dropout | None, chunks: Chunks, beside: Beside, x: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None, Later | None]:
-        """dy [M, N] -> (dx [M, K], ds, db): ds and db go to :meth:`gradients`. What waits in ``beside`` runs beside the product."""
+        """dy [M, N] -> (dx [M, K], ds, db): ds and db go to :meth:`gradients`. What waits in ``beside`` runs beside the product.
+
+        ``x``: the input, where it is there already; the product's launch may add dA to the sums then, and ds is None.
+        """
         if self.adapted:
-            return products_backward(dy, s, self.weight, self.a, self.b, self.layout, dropout, chunks, self._sink_b(), beside)
+            sink_a, sink_b = self.sinks() or (None, None)
+            return products_backward(dy, s, self.weight, self.a, self.b, self.layout, dropout, chunks, sink_b, beside, x, sink_a)
         with beside.product(dy.shape[0] * self.weight.numel()):
             return self.dx(dy, None, None), None, None
 
     def gradients(
         self, x: torch.Tensor, ds: torch.Tensor | None, db: Later | None, dropout: Dropout | None, chunks: Chunks
     ) -> list:
-        """Gradients of :attr:`parameters`: None each in exact mode, where dA is added to the sums now. ``db`` has run."""
+        """Gradients of :attr:`parameters`: None each in exact mode, where dA is added to the sums now unless ``ds`` is None. ``db`` has run."""
         if not self.adapted:
             return []
         sinks = self.sinks()
-        da = sum_a(x, ds, self.layout, chunks, sink=None if sinks is None else sinks[0], dropout=dropout)
+        da = None if ds is None else sum_a(x, ds, self.layout, chunks, sink=None if sinks is None else sinks[0], dropout=dropout)
         if sinks is not None:
             return [None] * (2 * len(self.adapted))
         found = []

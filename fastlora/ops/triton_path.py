@@ -14,8 +14,10 @@ from fastlora.kernels.columns import single
 from fastlora.kernels.factors import copy_factors
 from fastlora.kernels.gemm import gemm
 from fastlora.kernels.gemm_beside import run as gemm_with_low
+from fastlora.kernels.gemm_sums import run as gemm_with_sums
 from fastlora.kernels.launch import Dropout, arch_of, padded_rank
 from fastlora.kernels.project import project
+from fastlora.kernels.sums_beside import Sums
 from fastlora.kernels.tables import DS_IN_TOKEN_SUM_MAX_RANK, TMA_ARCHITECTURES
 from fastlora.kernels.token_sum import sum_a, sum_b
 from fastlora.ops.beside import Beside, Later
@@ -83,18 +85,23 @@ def backward_triton(
         db, ds = low_rank_gradients(dy, s, b, layout, chunks, sums_b, drop)
         return None, sum_a(x, ds, layout, chunks, sink=sums_a, dropout=drop), db
     with Beside(dy.device) as beside:
-        dx, ds, db = products_backward(dy, s, weight, a, b, layout, drop, chunks, sums_b, beside)
-        da = sum_a(x, ds, layout, chunks, sink=sums_a, dropout=drop)
+        dx, ds, db = products_backward(dy, s, weight, a, b, layout, drop, chunks, sums_b, beside, x, sums_a)
+        da = None if ds is None else sum_a(x, ds, layout, chunks, sink=sums_a, dropout=drop)
     return dx, da, db.value
 
 
-def products_backward(dy, s, weight, a, b, layout, dropout, chunks, sink, beside):
+def products_backward(dy, s, weight, a, b, layout, dropout, chunks, sink, beside, x=None, sink_a=None):
     """(dx [M, K], ds [M, columns], db as of :class:`fastlora.ops.beside.Later`: None with a sink) of the projections of ``layout``.
 
-    What waits in ``beside`` runs beside the product of dx, and so does db where ds is made in its launch or, under dropout, before it.
+    What waits in ``beside`` runs beside the product of dx, and so does db where ds is made in its launch or, under dropout, before it. Exact
+    sums may be made in that launch too: db then, and with ``x`` [M, K] da, whose sink is ``sink_a``. ds is None if da has been added.
     """
     with beside.product(dy.shape[0] * weight.numel()):
         if dropout is None:
+            if sink is not None:
+                made = gemm_with_sums(dy, weight, b, a, layout, Sums(chunks, s, sink, x, sink_a))
+                if made is not None:
+                    return made[0], made[1] if x is None else None, Later(None)
             made = gemm_with_low(dy, weight, b, a, None, transposed=False, layout=layout)
             if made is not None:
                 return *made, beside.add(_db, dy, s, layout, chunks, sink)
