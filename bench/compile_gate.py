@@ -98,7 +98,7 @@ def build_arguments(case: Case):
         constants = dict(
             LD=case.outer if apart else case.inner, LR=layout.columns, W_R=1 if apart else case.inner, W_F=layout.columns if apart else 1,
             START0=starts[0], START1=starts[1], START2=starts[2], F0=widths[0], F1=widths[1], F2=widths[2],
-            DROPOUT=case.dropout, PRECISION=precision, BM=tile.bm, BF=tile.bk, C=columns,
+            FIRST=0, USED=layout.columns, DROPOUT=case.dropout, PRECISION=precision, BM=tile.bm, BF=tile.bk, C=columns,
         )  # fmt: skip
         return project_file.project_kernel, tile, signature, constants
     if case.operation in ("da", "db", "db_ds"):

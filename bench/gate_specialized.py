@@ -71,12 +71,12 @@ def build_arguments(case, element: str, layout):
 
 def _sums(case, block, layout, low, n, tile, signature, constants):
     with_a = SUMS[case.operation]
-    pieces = sums_beside.pieces_of(layout, n, low, 16, 8192, with_a=with_a)
+    pieces = sums_beside.pieces_of(layout, n, low, 16, 128, 132, with_a=with_a)
     signature |= dict.fromkeys(("d_dy", "d_in"), block(sums_beside.UNIT, sums_beside.FEATURES))
     signature |= {"d_of_b": block(sums_beside.UNIT, low.columns), "d_of_a": block(sums_beside.UNIT, pieces.columns)}
     signature |= dict.fromkeys(("p_db", "p_stats_b", "p_da", "p_stats_a", "first_b", "first_a"), "i64")
     signature |= {name: f"*{signature[name]}" for name in ("p_db", "p_stats_b", "p_da", "p_stats_a")}
-    signature |= {"p_table": "*i32", "p_ends": "*i8", "units": "i32", "runs": "i32"}
+    signature |= {"p_table": "*i32", "units": "i32", "runs_b": "i32", "runs_a": "i32"}
     constants |= dict(SUMS=1 + with_a, RANK=case.rank, C_A=pieces.columns, GROUPS_A=pieces.groups, PER_A=pieces.per, ROWS=project_beside.MOST_ROWS)
     names = gemm_sums.gemm_sums_kernel.arg_names
     return gemm_sums.gemm_sums_kernel, tile, *({k: v for k, v in some.items() if k in names} for some in (signature, constants))
@@ -137,7 +137,7 @@ def all_cases(make) -> list:
     ]  # fmt: skip
     cases += [make(BESIDE, "sm_90", transposed=side) for side in (True, False)]
     cases += [make(BESIDE, "sm_90", rank=16, outer=6144, count=3, transposed=side) for side in (True, False)]
-    cases += [make(BESIDE, "sm_90", torch.float16), make(BESIDE, "sm_90", rank=64, outer=6144, count=3, transposed=False)]
+    cases += [make(BESIDE, "sm_90", torch.float16), *(make(BESIDE, "sm_90", rank=64, outer=6144, count=3, transposed=side) for side in (True, False))]
     cases += [make(sums, "sm_90", rank=rank, outer=6144, count=3, transposed=False) for sums in SUMS for rank in (16, 64)]
     cases += [make("gemm_sums", "sm_90", torch.float16, transposed=False)]
     cases += [make(DROPOUT, "sm_90", rank=rank, transposed=False, dropout=True) for rank in (16, 128)]

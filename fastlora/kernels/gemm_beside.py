@@ -1,5 +1,6 @@
 """The product with S in its own launch, for Hopper (compute capability 9.0): Y = x W^T + S B^T and S, or dX = dY W + dS A and dS.
 
+Of three projections of a high rank the third's columns of S come from a kernel before it: there is no time for all of them.
 The GEMM is that of gemm_specialized.py; its first programs make S (project_beside.py). Bits are those of the kernels apart.
 """
 
@@ -9,6 +10,7 @@ import functools
 
 from fastlora.kernels import gemm_specialized, hopper, launch, project_beside
 from fastlora.kernels.hopper import MISSING, attempt, describe, gl, gluon, reinterpret
+from fastlora.kernels.project import project_rest
 
 NAME = "GEMM with S"
 # Multiplications from which on it is asked whether tiles leave room: a smaller product has few tiles, and its call is bound by the host.
@@ -69,8 +71,8 @@ if MISSING is None:
         describes, [M, LR]; p_scale fp32 [LR]; p_ready: int32, a word for each row of tiles. The first ``helpers`` programs make p_low."""
         s_x = gl.allocate_shared_memory(d_x.dtype, [STAGES * 2, BM // 2, BK], d_x.layout)
         s_w = gl.allocate_shared_memory(d_w.dtype, [STAGES, BN, BK] if TRANSPOSED else [STAGES, BK, BN], d_w.layout)
-        # the same memory for programs of S: a ring of more places, as its blocks are smaller and it waits for memory more
-        DEEP: gl.constexpr = STAGES * BN // BM
+        # the same memory for programs of S: a ring of more places where its blocks are smaller, as it waits for memory more
+        DEEP: gl.constexpr = STAGES * BM // C if C > BM // 2 else STAGES * BN // BM
         s_rows = reinterpret(s_w, d_x.dtype, [DEEP * 2, BM // 2, BK], d_x.layout)
         s_f = reinterpret(s_x, d_f.dtype, [STAGES * BM // C, C, BK] if TRANSPOSED else [STAGES * BM // C, BK, C], d_f.layout)
         s_y = gl.allocate_shared_memory(d_y.dtype, [4, BM // 2, BN // 4], d_y.layout)
@@ -102,14 +104,14 @@ def factor_block(low, tile, *, transposed: bool) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=1024)  # rows differ from step to step
-def plan(rows, inner, outer, layout, transposed, biased, dtype, device) -> tuple[launch.Launch, int] | None:
-    """(launch, programs of S), or None where S has a launch of its own."""
+def plan(rows, inner, outer, layout, transposed, biased, dtype, device) -> tuple[launch.Launch, int, int] | None:
+    """(launch, programs of S, columns of S it makes), or None where S has a launch of its own."""
     arch = launch.arch_at(device)
     if not (hopper.serves(arch) and launch.can_use_tma(arch, dtype, inner, outer)):
         return None
     tile = launch.gemm_specialized_tile(rows, outer, launch.persistent_programs(device))
     low, stored = project_beside.low_of(layout, inner, dtype, arch, transposed=transposed), layout.columns
-    helpers = project_beside.helpers(low, rows, outer, tile, device)
+    helpers = project_beside.helpers(low, rows, outer, tile, device, transposed=transposed)
     if not helpers:
         return None
     rank, second, third = gemm_specialized.rank_columns(layout, stored, tile, transposed=transposed)
@@ -121,7 +123,7 @@ def plan(rows, inner, outer, layout, transposed, biased, dtype, device) -> tuple
         gemm_beside_kernel, (launch.persistent_programs(device),), tile, made,
         N=outer, K=inner, R=rank, SECOND=second, THIRD=third, TRANSPOSED=transposed, BIAS=biased, LR=stored, **low.constants(),
         BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group,
-    ), helpers  # fmt: skip
+    ), helpers, low.columns * low.groups  # fmt: skip
 
 
 def run(x, weight, factor, other, bias, *, transposed: bool, layout):
@@ -142,6 +144,8 @@ def run(x, weight, factor, other, bias, *, transposed: bool, layout):
     if ready is None:
         return None
     out, low = launch.empty(x, rows, outer), launch.empty(x, rows, layout.columns)
+    if made[2] < layout.columns:
+        project_rest(x, factor, layout, low, made[2])
     scales = layout.scale_of_columns(x.device)
     bias = x if bias is None else bias
     done = attempt(NAME, made[0], x, weight, low, other, factor, out, bias, low, scales, ready, rows, made[1])

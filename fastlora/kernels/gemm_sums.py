@@ -24,7 +24,7 @@ if MISSING is None:
     @gluon.jit
     def load_all(
         d_x, d_w, d_s, d_b, d_f, d_dy, d_of_b, d_in, d_of_a, p_ready, p_words, p_table, s_x, s_w, s_rows, s_f, s_wide, s_of_b, s_of_a, s_piece,
-        full, empty, idle, told, heard, full_sums, empty_sums, num_m, helpers, units, runs,
+        full, empty, idle, told, heard, full_sums, empty_sums, num_m, helpers, units, runs_b, runs_a,
         N: gl.constexpr, K: gl.constexpr, R: gl.constexpr, S0: gl.constexpr, S1: gl.constexpr, S2: gl.constexpr, F0: gl.constexpr,
         F1: gl.constexpr, F2: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, SUMS: gl.constexpr, C_A: gl.constexpr,
         GROUPS_A: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, DEEP: gl.constexpr,
@@ -37,14 +37,14 @@ if MISSING is None:
         )  # fmt: skip
         load_sums(
             d_dy, d_of_b, d_in, d_of_a, p_words, p_table, s_piece, s_wide, s_of_b, s_of_a, idle, told, heard, full_sums, empty_sums,
-            helpers, units, runs, N, SUMS, S0, S1, S2, F0, F1, F2, C, GROUPS_A, C_A, DEEP,
+            helpers, units, runs_b, runs_a, N, SUMS, S0, S1, S2, F0, F1, F2, C, GROUPS_A, C_A, DEEP,
         )  # fmt: skip
 
     @gluon.jit
     def multiply_all(
-        HALF: gl.constexpr, d_y, p_low, p_scale, p_ready, p_words, p_db, p_stats_b, p_da, p_stats_a, p_table, p_ends,
+        HALF: gl.constexpr, d_y, p_low, p_scale, p_ready, p_words, p_db, p_stats_b, p_da, p_stats_a, p_table,
         s_x, s_w, s_rows, s_f, s_y, s_wide, s_of_b, s_of_a, s_piece, full, empty, idle, told, heard, full_sums, empty_sums,
-        num_m, helpers, M, units, runs, first_b, first_a,
+        num_m, helpers, M, runs_b, first_b, first_a,
         N: gl.constexpr, K: gl.constexpr, R: gl.constexpr, LR: gl.constexpr, SUM: gl.constexpr, S0: gl.constexpr, S1: gl.constexpr,
         S2: gl.constexpr, F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, SUMS: gl.constexpr,
         RANK: gl.constexpr, C_A: gl.constexpr, GROUPS_A: gl.constexpr, PER_A: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
@@ -56,14 +56,14 @@ if MISSING is None:
             N, K, R, False, LR, SUM, F0, F1, F2, GROUPS, C, BM, BN, BK, STAGES, DEEP, False, GROUP,
         )  # fmt: skip
         add_sums(
-            HALF, p_words, p_db, p_stats_b, p_da, p_stats_a, p_table, p_ends, s_piece, s_wide, s_of_b, s_of_a, idle, told, heard, full_sums, empty_sums,
-            helpers, units, runs, first_b, first_a, N, S0, S1, S2, F0, F1, F2, C, RANK, SUMS, GROUPS_A, C_A, PER_A, DEEP,
+            HALF, p_words, p_db, p_stats_b, p_da, p_stats_a, p_table, s_piece, s_wide, s_of_b, s_of_a, idle, told, heard, full_sums, empty_sums,
+            helpers, runs_b, first_b, first_a, N, S0, S1, S2, F0, F1, F2, C, RANK, SUMS, GROUPS_A, C_A, PER_A, DEEP,
         )  # fmt: skip
 
-    @gluon.jit(do_not_specialize=["M", "helpers", "units", "runs", "first_b", "first_a"])
+    @gluon.jit(do_not_specialize=["M", "helpers", "units", "runs_b", "runs_a", "first_b", "first_a"])
     def gemm_sums_kernel(
-        d_x, d_w, d_s, d_b, d_f, d_y, d_dy, d_of_b, d_in, d_of_a, p_low, p_scale, p_ready, p_db, p_stats_b, p_da, p_stats_a, p_table, p_ends,
-        M, helpers, units, runs, first_b: gl.int64, first_a: gl.int64,
+        d_x, d_w, d_s, d_b, d_f, d_y, d_dy, d_of_b, d_in, d_of_a, p_low, p_scale, p_ready, p_db, p_stats_b, p_da, p_stats_a, p_table,
+        M, helpers, units, runs_b, runs_a, first_b: gl.int64, first_a: gl.int64,
         N: gl.constexpr, K: gl.constexpr, R: gl.constexpr, LR: gl.constexpr, SUM: gl.constexpr, S0: gl.constexpr, S1: gl.constexpr,
         S2: gl.constexpr, F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, SUMS: gl.constexpr,
         RANK: gl.constexpr, C_A: gl.constexpr, GROUPS_A: gl.constexpr, PER_A: gl.constexpr, ROWS: gl.constexpr, BM: gl.constexpr,
@@ -92,21 +92,21 @@ if MISSING is None:
         gl.warp_specialize(
             [
                 (multiply_all, (
-                    0, d_y, p_low, p_scale, p_ready, p_words, p_db, p_stats_b, p_da, p_stats_a, p_table, p_ends,
+                    0, d_y, p_low, p_scale, p_ready, p_words, p_db, p_stats_b, p_da, p_stats_a, p_table,
                     s_x, s_w, s_rows, s_f, s_y, s_wide, s_of_b, s_of_a, s_piece, full, empty, idle, told, heard, full_sums, empty_sums,
-                    num_m, helpers, M, units, runs, first_b, first_a,
+                    num_m, helpers, M, runs_b, first_b, first_a,
                     N, K, R, LR, SUM, S0, S1, S2, F0, F1, F2, GROUPS, C, SUMS, RANK, C_A, GROUPS_A, PER_A, BM, BN, BK, STAGES, DEEP, GROUP,
                 )),
                 (multiply_all, (
-                    1, d_y, p_low, p_scale, p_ready, p_words, p_db, p_stats_b, p_da, p_stats_a, p_table, p_ends,
+                    1, d_y, p_low, p_scale, p_ready, p_words, p_db, p_stats_b, p_da, p_stats_a, p_table,
                     s_x, s_w, s_rows, s_f, s_y, s_wide, s_of_b, s_of_a, s_piece, full, empty, idle, told, heard, full_sums, empty_sums,
-                    num_m, helpers, M, units, runs, first_b, first_a,
+                    num_m, helpers, M, runs_b, first_b, first_a,
                     N, K, R, LR, SUM, S0, S1, S2, F0, F1, F2, GROUPS, C, SUMS, RANK, C_A, GROUPS_A, PER_A, BM, BN, BK, STAGES, DEEP, GROUP,
                 )),
                 (load_all, (
                     d_x, d_w, d_s, d_b, d_f, d_dy, d_of_b, d_in, d_of_a, p_ready, p_words, p_table,
                     s_x, s_w, s_rows, s_f, s_wide, s_of_b, s_of_a, s_piece,
-                    full, empty, idle, told, heard, full_sums, empty_sums, num_m, helpers, units, runs,
+                    full, empty, idle, told, heard, full_sums, empty_sums, num_m, helpers, units, runs_b, runs_a,
                     N, K, R, S0, S1, S2, F0, F1, F2, GROUPS, C, SUMS, C_A, GROUPS_A, BM, BN, BK, STAGES, DEEP, GROUP,
                 )),
             ],
@@ -116,14 +116,14 @@ if MISSING is None:
 
 
 @functools.lru_cache(maxsize=1024)  # rows and chunks differ from step to step
-def plan(rows, inner, outer, layout, chunks, with_a, dtype, device) -> tuple[launch.Launch, int, int] | None:
-    """(launch, programs of dS, runs of the sums), or None where the sums have launches of their own."""
+def plan(rows, inner, outer, layout, chunks, with_a, dtype, device) -> tuple[launch.Launch, int, sums_beside.Pieces] | None:
+    """(launch, programs of dS, pieces of the sums), or None where the sums have launches of their own."""
     made = gemm_beside.plan(rows, inner, outer, layout, False, False, dtype, device)
     if made is None:
         return None
     tile, constants = made[0].tile, made[0].constants
     low = project_beside.low_of(layout, inner, dtype, launch.arch_at(device), transposed=False)
-    pieces = sums_beside.pieces_of(layout, outer, low, chunks, rows, with_a=with_a)
+    pieces = sums_beside.pieces_of(layout, outer, low, chunks, launch.cdiv(rows, UNIT), made[0].grid[0], with_a=with_a)
     if pieces is None:
         return None
     more = (
@@ -135,7 +135,7 @@ def plan(rows, inner, outer, layout, chunks, with_a, dtype, device) -> tuple[lau
     return launch.Launch(
         gemm_sums_kernel, made[0].grid[:1], tile, (*made[0].describe, *more), **kept, SUMS=1 + with_a, RANK=layout.rank,
         C_A=pieces.columns, GROUPS_A=pieces.groups, PER_A=pieces.per, ROWS=project_beside.MOST_ROWS,
-    ), made[1], pieces.runs  # fmt: skip
+    ), made[1], pieces  # fmt: skip
 
 
 def run(dy, weight, b, a, layout, sums: Sums):
@@ -160,7 +160,8 @@ def run(dy, weight, b, a, layout, sums: Sums):
     first = [sink.count(chunks.count) for sink in sinks]
     done = attempt(
         NAME, made[0], dy, weight, ds, a, b, dx, dy, sums.s, x, ds if with_a else sums.s, ds, layout.scale_of_columns(dy.device), ready,
-        of_b.total, of_b.stats, of_a.total, of_a.stats, chunks.table, chunks.ends, rows, made[1], chunks.units, made[2], first[0], first[-1],
+        of_b.total, of_b.stats, of_a.total, of_a.stats, chunks.table, rows, made[1], chunks.units, made[2].runs_b, made[2].runs_a,
+        first[0], first[-1],
     )  # fmt: skip
     if done:
         return dx, ds

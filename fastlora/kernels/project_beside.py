@@ -17,7 +17,7 @@ import dataclasses
 import torch
 
 from fastlora.kernels import launch
-from fastlora.kernels.columns import starts_and_widths
+from fastlora.kernels.columns import MOST, starts_and_widths
 from fastlora.kernels.hopper import MISSING, barrier, gl, gluon
 from fastlora.kernels.tables import DS_IN_TOKEN_SUM_MAX_RANK
 
@@ -97,10 +97,11 @@ if MISSING is None:
         gl.store(p_ready + i_m + o_t * 0, o_t * 0, mask=(o_t == 0) & (seen == num_n + 1))
 
 
-# Most columns of a group: more, and a row of S takes its program longer than a tile takes the others.
-MOST_COLUMNS = 64
-# How many rows of tiles a program of S makes in the time of one tile: it reads little more than x, where a tile multiplies.
-ROWS_A_TILE = 3
+# Most columns of a group, of dS and of S: more, and a row takes its program longer than a tile takes the others.
+MOST_COLUMNS, MOST_COLUMNS_OF_S = 64, 128
+# How many rows of tiles a program of S makes in the time of one tile, with up to MOST_COLUMNS and with more: it reads little more than x,
+# where a tile multiplies.
+ROWS_A_TILE, ROWS_A_TILE_WIDE = 3, 2
 # Turns of the tiles up to which S is worth it: on an H200 a product of 28 turns took 10 % longer with it, of 8 and 12 no longer than without.
 MOST_TURNS = 16
 # Words of a stream, so the most rows of tiles; and streams that have words of their own.
@@ -131,26 +132,30 @@ class Low:
 
 
 def low_of(layout, inner: int, dtype: torch.dtype, arch: str, *, transposed: bool) -> Low:
-    """S of x [M, ``inner``] with ``transposed``, as project.py makes it; else dS of dY, as token_sum.py and project.py do."""
+    """S of x [M, ``inner``] with ``transposed``, as project.py makes it, or its first columns; else dS of dY, as token_sum.py and project.py do."""
     if transposed:
-        return Low(layout.columns, 1, (0,), (inner,), inner)
+        used = layout.count * layout.padded
+        # of three projections whose columns are too many, the third's have a kernel of their own
+        columns = used - layout.padded if layout.count == MOST and used > MOST_COLUMNS_OF_S else layout.columns
+        return Low(columns, 1, (0,), (inner,), inner)
     most = max(layout.widths)
     if layout.padded <= DS_IN_TOKEN_SUM_MAX_RANK:
         most = launch.token_sum_tile(arch, dtype, layout.padded, with_ds=True, features=inner).bn
     return Low(layout.padded, layout.columns // layout.padded, layout.starts, layout.widths, most)
 
 
-def helpers(low: Low, rows: int, outer: int, tile, device: torch.device) -> int:
+def helpers(low: Low, rows: int, outer: int, tile, device: torch.device, *, transposed: bool) -> int:
     """How many programs make S beside the product [rows, outer] in tiles of ``tile``; 0: a kernel of its own has to."""
     down, across = launch.cdiv(rows, tile.bm), launch.cdiv(outer, tile.bn)
     programs = launch.even_programs(down * across, device)
     spare, turns = launch.persistent_programs(device) - programs, launch.cdiv(down * across, programs)
-    first = min(down, launch.cdiv(programs, across), tile.group)  # rows of tiles that are begun together
+    first = min(down, tile.group)  # rows of tiles that are begun together
     whole = all(start % tile.bk == 0 and width % min(low.sum, width) == 0 for start, width in zip(low.starts, low.widths))
     depth = all(min(low.sum, width) % tile.bk == 0 for width in low.widths)
-    if tile.bn != 2 * tile.bm or low.columns > MOST_COLUMNS or not (whole and depth) or down > MOST_ROWS:
+    most, each = (MOST_COLUMNS_OF_S, ROWS_A_TILE_WIDE) if transposed and low.columns > MOST_COLUMNS else (MOST_COLUMNS, ROWS_A_TILE)
+    if tile.bn != 2 * tile.bm or low.columns > most or not (whole and depth) or down > MOST_ROWS:
         return 0
-    return spare if turns <= MOST_TURNS and first <= ROWS_A_TILE * spare and down <= ROWS_A_TILE * spare * turns else 0
+    return spare if turns <= MOST_TURNS and first <= each * spare and down < each * spare * turns else 0
 
 
 _words: dict[int, tuple[torch.Tensor, dict[int, torch.Tensor]]] = {}

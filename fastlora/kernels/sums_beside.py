@@ -1,12 +1,12 @@
 """Token sums inside the launch of the product dX = dY W + dS A, for Hopper (compute capability 9.0): dB = dY^T S and dA = dS^T x.
 
 Programs that are through with dS (project_beside.py), and after the last turn of tiles those of the tiles too, take pieces of the sums from
-one queue until none is left: a piece is FEATURES features over a run of chunks. So multiprocessors that tiles leave idle are busy to the
+two queues until none is left: a piece is FEATURES features over a run of chunks. So multiprocessors that tiles leave idle are busy to the
 end, and what is left then is read by all of them at once, with no launch in between. Who takes a piece changes from run to run; the bits do
 not, as integers are added. Partial sums, their rounding and their figures are those of token_sum.py, bit for bit.
 
-Words behind those of the rows of tiles (project_beside.py): pieces taken, warpgroups that have made their dS, programs that found the queue empty;
-the last of these sets all three to 0 for the next launch. Pieces of dA wait for the second word. In Gluon (see hopper.py).
+Words behind those of the rows of tiles (project_beside.py): pieces of dB taken, pieces of dA taken, warpgroups that have made their dS, programs
+that found both queues empty; the last of these sets all four to 0 for the next launch. Pieces of dA wait for the third word. In Gluon (see hopper.py).
 """
 
 from __future__ import annotations
@@ -29,20 +29,18 @@ from fastlora.kernels.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from fastlora.kernels.token_sum import MOST_COLUMNS, Sink
+from fastlora.kernels.token_sum import MOST_COLUMNS, Sink, runs_of
 
 # Features of a piece: half of them a warpgroup, whose integers then fit its registers with 64 columns.
 FEATURES = 128
-# Tokens of a piece, about: short enough to share out the last ones, long enough for few atomic additions.
-TOKENS = 1024
 # The words of a launch behind those of its rows: how many, and which.
-WORDS = 3
+WORDS = 4
 
 if MISSING is None:
     from fastlora.kernels.project_beside import order_memory
     from fastlora.kernels.ring import claim
 
-    TAKEN, STORED, LEFT, ALL = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2), gl.constexpr(WORDS)
+    STORED, LEFT, ALL = gl.constexpr(2), gl.constexpr(3), gl.constexpr(WORDS)
     WIDE, HALF_WIDE, STEP = gl.constexpr(FEATURES), gl.constexpr(FEATURES // 2), gl.constexpr(UNIT)
     MOST_C = gl.constexpr(MOST_COLUMNS)
 
@@ -54,23 +52,26 @@ if MISSING is None:
         return gl.sum(gl.where(o_t == 0, seen, 0), 0)
 
     @gluon.jit
-    def publish(s_piece, full, empty, turn, piece):
-        """Tell the warpgroups the ``turn``-th piece of this program, of whose two places one is free by now or soon."""
+    def publish(s_piece, full, empty, turn, piece, first, last, chunk):
+        """Tell the warpgroups the ``turn``-th piece of this program, in one of two places."""
         slot = turn % 2
         mbarrier.wait(empty.index(slot), ((turn // 2) & 1) ^ 1)
-        s_piece.index(slot).store(gl.full([32], piece, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+        o_t = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+        s_piece.index(slot).store(gl.where(o_t == 0, piece, gl.where(o_t == 1, first, gl.where(o_t == 2, last, chunk))))
         barrier()
         mbarrier.arrive(full.index(slot))
 
     @gluon.jit
     def learn(s_piece, full, empty, turn):
-        """What :func:`publish` told, in a warpgroup."""
+        """What :func:`publish` told, in a warpgroup: the piece, -1 if there is none; its first unit, the one behind its last, its first chunk."""
         slot = turn % 2
         mbarrier.wait(full.index(slot), (turn // 2) & 1)
-        piece = gl.max(s_piece.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+        b_told = s_piece.index(slot).load(gl.BlockedLayout([1], [32], [4], [0]))
         barrier()
         mbarrier.arrive(empty.index(slot))
-        return piece
+        o_t = gl.arange(0, 32, gl.BlockedLayout([1], [32], [4], [0]))
+        piece, first = gl.max(gl.where(o_t == 0, b_told, -1), 0), gl.max(gl.where(o_t == 1, b_told, 0), 0)
+        return piece, first, gl.max(gl.where(o_t == 2, b_told, 0), 0), gl.max(gl.where(o_t == 3, b_told, 0), 0)
 
     @gluon.jit
     def place_of_b(piece, S0: gl.constexpr, S1: gl.constexpr, S2: gl.constexpr, F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr):
@@ -105,38 +106,46 @@ if MISSING is None:
 
     @gluon.jit
     def load_sums(
-        d_y, d_s, d_x, d_ds, p_words, p_table, s_piece, s_wide, s_s, s_ds, idle, told, heard, full, empty, helpers, units, runs,
+        d_y, d_s, d_x, d_ds, p_words, p_table, s_piece, s_wide, s_s, s_ds, idle, told, heard, full, empty, helpers, units, runs_b, runs_a,
         N: gl.constexpr, SUMS: gl.constexpr, S0: gl.constexpr, S1: gl.constexpr, S2: gl.constexpr, F0: gl.constexpr, F1: gl.constexpr,
         F2: gl.constexpr, C: gl.constexpr, GROUPS_A: gl.constexpr, C_A: gl.constexpr, DEEP: gl.constexpr,
     ):  # fmt: skip
-        """The loading warp: pieces, and what they are made of, until the queue is empty."""
-        pieces_b = (F0 + F1 + F2) // WIDE * runs
-        pieces = pieces_b
+        """The loading warp: pieces, and what they are made of, until both queues are empty."""
+        pieces_b = (F0 + F1 + F2) // WIDE * runs_b
+        pieces_a = pieces_b * 0
         if SUMS > 1:
-            pieces += N // WIDE * GROUPS_A * runs
+            pieces_a += N // WIDE * GROUPS_A * runs_a
         mbarrier.wait(idle.index(0), 0)  # the ring's memory has been read for the last time as the one of the product
         turn = 0
         taken = 0
-        piece = add_word(p_words + TAKEN, "relaxed")
-        while piece < pieces:
-            publish(s_piece, told, heard, taken, piece)
-            taken += 1
-            if piece < pieces_b:
-                i_run, feature, i_p = place_of_b(piece, S0, S1, S2, F0, F1, F2)
-            else:
-                i_run, feature, i_p = place_of_a(piece - pieces_b, N, GROUPS_A)
-            first = gl.load(p_table + i_run * units // runs)
-            last = gl.load(p_table + (i_run + 1) * units // runs)
-            if piece < pieces_b:
-                turn = load_run(d_y, d_s, s_wide, s_s, full, empty, turn, first, last, feature, i_p * C, C, DEEP)
-            elif SUMS > 1:
-                stored = gl.load(p_words + STORED, volatile=True)
-                while stored < 2 * helpers:
+        # dA waits for dS, so who is done with dS has dB first; the long pieces of dA are begun as soon as all are
+        of_a = (gl.program_id(0) >= helpers).to(gl.int32)
+        tried = 0
+        while tried < 2:
+            piece = add_word(p_words + of_a, "relaxed")
+            if piece >= gl.where(of_a == 1, pieces_a, pieces_b):
+                tried += 1
+                of_a = 1 - of_a
+            elif of_a == 1:
+                if SUMS > 1:
+                    i_run, feature, i_p = place_of_a(piece, N, GROUPS_A)
+                    first = gl.load(p_table + i_run * units // runs_a)
+                    last = gl.load(p_table + (i_run + 1) * units // runs_a)
+                    publish(s_piece, told, heard, taken, pieces_b + piece, first, last, gl.load(p_table + units + 2 + first))
+                    taken += 1
                     stored = gl.load(p_words + STORED, volatile=True)
-                order_memory(piece)
-                turn = load_run(d_x, d_ds, s_wide, s_ds, full, empty, turn, first, last, feature, i_p * C_A, C_A, DEEP)
-            piece = add_word(p_words + TAKEN, "relaxed")
-        publish(s_piece, told, heard, taken, -1)
+                    while stored < 2 * helpers:
+                        stored = gl.load(p_words + STORED, volatile=True)
+                    order_memory(piece)
+                    turn = load_run(d_x, d_ds, s_wide, s_ds, full, empty, turn, first, last, feature, i_p * C_A, C_A, DEEP)
+            else:
+                i_run, feature, i_p = place_of_b(piece, S0, S1, S2, F0, F1, F2)
+                first = gl.load(p_table + i_run * units // runs_b)
+                last = gl.load(p_table + (i_run + 1) * units // runs_b)
+                publish(s_piece, told, heard, taken, piece, first, last, gl.load(p_table + units + 2 + first))
+                taken += 1
+                turn = load_run(d_y, d_s, s_wide, s_s, full, empty, turn, first, last, feature, i_p * C, C, DEEP)
+        publish(s_piece, told, heard, taken, -1, 0, 0, 0)
         if add_word(p_words + LEFT, "relaxed") == gl.num_programs(0) - 1:
             o_t = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
             gl.store(p_words + o_t, o_t * 0, mask=o_t < ALL)
@@ -150,39 +159,41 @@ if MISSING is None:
 
     @gluon.jit
     def add_run(
-        s_wide, s_narrow, full, empty, turn, p_ends, p_out, p_stats, first, last, first_chunk, feature, i_p, i_row,
+        s_wide, s_narrow, full, empty, turn, p_table, p_out, p_stats, first, last, first_chunk, feature, i_p, i_row,
         HALF: gl.constexpr, C: gl.constexpr, R: gl.constexpr, RANK: gl.constexpr, PER: gl.constexpr, OUT_F: gl.constexpr,
         OUT_R: gl.constexpr, DEEP: gl.constexpr,
     ):  # fmt: skip
         """A warpgroup's half of the piece from ``feature`` on, for PER projections from the ``i_p``-th on, R columns each. p_out: element
         (feature, column c of the q-th of them) at feature * OUT_F + (i_row + q * RANK + c) * OUT_R."""
         layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
-        b_sum = gl.zeros((HALF_WIDE, C), gl.float32, layout)
         b_total = gl.zeros((HALF_WIDE, C), gl.int64, layout)
-        b_top, b_some = figures(b_sum.to(gl.int32, bitcast=True), C // R, R)
+        b_top, b_some = figures(gl.zeros((HALF_WIDE, C), gl.int32, layout), C // R, R)
         b_whole = b_some
-        # read a step ahead
-        ends_next = gl.load(p_ends + first)
-        for i_unit in range(first, last):
-            ends = ends_next
-            ends_next = gl.load(p_ends + i_unit + 1)
-            stage = turn % DEEP
-            mbarrier.wait(full.index(stage), (turn // DEEP) & 1)
-            b_wide = s_wide.index(stage).slice(HALF * HALF_WIDE, HALF_WIDE, dim=1).permute((1, 0))
-            b_sum = warpgroup_mma(b_wide, s_narrow.index(stage * (MOST_C // C)), b_sum, is_async=True)
+        start = first
+        stop = gl.load(p_table + first + 1)  # of the unit behind it: the start of the next chunk
+        while start < last:
+            next_stop = gl.load(p_table + stop + 1)
+            b_sum = gl.zeros((HALF_WIDE, C), gl.float32, layout)
+            for i_unit in range(start, stop):
+                stage = turn % DEEP
+                mbarrier.wait(full.index(stage), (turn // DEEP) & 1)
+                b_wide = s_wide.index(stage).slice(HALF * HALF_WIDE, HALF_WIDE, dim=1).permute((1, 0))
+                b_sum = warpgroup_mma(b_wide, s_narrow.index(stage * (MOST_C // C)), b_sum, is_async=True)
+                b_sum = warpgroup_mma_wait(1, deps=[b_sum])
+                mbarrier.arrive(empty.index((turn + DEEP - 1) % DEEP), pred=i_unit > start)
+                turn += 1
             b_sum = warpgroup_mma_wait(0, deps=[b_sum])
-            mbarrier.arrive(empty.index(stage))
-            turn += 1
-            if ends != 0:
-                b_bits = b_sum.to(gl.int32, bitcast=True) & 0x7FFFFFFF
-                b_most, b_more = figures(b_bits, C // R, R)
-                b_top = gl.maximum(b_top, b_most)
-                b_some += b_more
-                b_whole += (b_top < 0x7F800000).to(gl.int32)
-                b_units = gl.where(b_bits < 0x7F800000, b_sum, 0.0) * 1099511627776.0
-                # to_fixed of tile.py in one instruction
-                b_total += gl.inline_asm_elementwise("cvt.rni.s64.f32 $0, $1;", "=l,f", [b_units], dtype=gl.int64, is_pure=True, pack=1)
-                b_sum = gl.zeros((HALF_WIDE, C), gl.float32, layout)
+            mbarrier.arrive(empty.index((turn + DEEP - 1) % DEEP))
+            b_bits = b_sum.to(gl.int32, bitcast=True) & 0x7FFFFFFF
+            b_most, b_more = figures(b_bits, C // R, R)
+            b_top = gl.maximum(b_top, b_most)
+            b_some += b_more
+            b_whole += (b_top < 0x7F800000).to(gl.int32)
+            b_units = gl.where(b_bits < 0x7F800000, b_sum, 0.0) * 1099511627776.0
+            # to_fixed of tile.py in one instruction
+            b_total += gl.inline_asm_elementwise("cvt.rni.s64.f32 $0, $1;", "=l,f", [b_units], dtype=gl.int64, is_pure=True, pack=1)
+            start = stop
+            stop = next_stop
         o_f = feature + HALF * HALF_WIDE + gl.arange(0, HALF_WIDE, gl.SliceLayout(1, layout))
         o_c = gl.arange(0, C, gl.SliceLayout(0, layout))
         o_row = i_row + (o_c // R) * RANK + o_c % R
@@ -202,8 +213,8 @@ if MISSING is None:
 
     @gluon.jit
     def add_sums(
-        HALF: gl.constexpr, p_words, p_db, p_stats_b, p_da, p_stats_a, p_table, p_ends, s_piece, s_wide, s_s, s_ds, idle, told, heard, full, empty,
-        helpers, units, runs, first_b, first_a,
+        HALF: gl.constexpr, p_words, p_db, p_stats_b, p_da, p_stats_a, p_table, s_piece, s_wide, s_s, s_ds, idle, told, heard, full, empty,
+        helpers, runs_b, first_b, first_a,
         N: gl.constexpr, S0: gl.constexpr, S1: gl.constexpr, S2: gl.constexpr, F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr,
         C: gl.constexpr, RANK: gl.constexpr, SUMS: gl.constexpr, GROUPS_A: gl.constexpr, C_A: gl.constexpr, PER_A: gl.constexpr,
         DEEP: gl.constexpr,
@@ -213,30 +224,25 @@ if MISSING is None:
         if gl.program_id(0) < helpers:  # each row of dS has been stored and ordered by now
             o_t = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
             gl.atomic_add(p_words + STORED + o_t * 0, o_t * 0 + 1, mask=o_t == 0, sem="release", scope="gpu")
-        pieces_b = (F0 + F1 + F2) // WIDE * runs
+        pieces_b = (F0 + F1 + F2) // WIDE * runs_b
         turn = 0
         taken = 0
-        piece = learn(s_piece, told, heard, taken)
+        piece, first, last, chunk = learn(s_piece, told, heard, taken)
         while piece >= 0:
             taken += 1
             if piece < pieces_b:
-                i_run, feature, i_p = place_of_b(piece, S0, S1, S2, F0, F1, F2)
-            else:
-                i_run, feature, i_p = place_of_a(piece - pieces_b, N, GROUPS_A)
-            first = gl.load(p_table + i_run * units // runs)
-            last = gl.load(p_table + (i_run + 1) * units // runs)
-            chunk = gl.load(p_table + units + 2 + first)
-            if piece < pieces_b:
+                _, feature, i_p = place_of_b(piece, S0, S1, S2, F0, F1, F2)
                 turn = add_run(
-                    s_wide, s_s, full, empty, turn, p_ends, p_db, p_stats_b, first, last, first_b + chunk, feature, i_p, 0,
+                    s_wide, s_s, full, empty, turn, p_table, p_db, p_stats_b, first, last, first_b + chunk, feature, i_p, 0,
                     HALF, C, C, RANK, 1, RANK, 1, DEEP,
                 )  # fmt: skip
             elif SUMS > 1:
+                _, feature, i_p = place_of_a(piece - pieces_b, N, GROUPS_A)
                 turn = add_run(
-                    s_wide, s_ds, full, empty, turn, p_ends, p_da, p_stats_a, first, last, first_a + chunk, feature, i_p, i_p * RANK,
+                    s_wide, s_ds, full, empty, turn, p_table, p_da, p_stats_a, first, last, first_a + chunk, feature, i_p, i_p * RANK,
                     HALF, C_A, C, RANK, PER_A, 1, N, DEEP,
                 )  # fmt: skip
-            piece = learn(s_piece, told, heard, taken)
+            piece, first, last, chunk = learn(s_piece, told, heard, taken)
 
 
 class Sums(NamedTuple):
@@ -256,22 +262,27 @@ class Sums(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Pieces:
     """What the kernel is told of the sums: ``columns`` of dS a piece of dA takes, ``groups`` of which lie beside each other, ``per`` projections
-    in one; ``runs``: into how many the rows are cut."""
+    in one; ``runs_b``, ``runs_a``: into how many the rows are cut for dB and dA."""
 
     columns: int
     groups: int
     per: int
-    runs: int
+    runs_b: int
+    runs_a: int
 
 
-def pieces_of(layout, outer: int, low, chunks: int, rows: int, *, with_a: bool) -> Pieces | None:
-    """None: kernels of their own have to make the sums. ``outer``: dX's features; ``low``: how dS is made."""
+def pieces_of(layout, outer: int, low, chunks: int, units: int, programs: int, *, with_a: bool) -> Pieces | None:
+    """None: kernels of their own have to make the sums. ``outer``: dX's features; ``low``: how dS is made; ``programs``: of the launch.
+
+    Pieces are as long as leaves one a program: each is added by atomics, which cost more than what is gained by shorter ones.
+    """
     spans = [*zip(low.starts, low.widths), *([(0, outer)] if with_a else [])]
     if any(start % FEATURES or width % FEATURES for start, width in spans):
         return None
-    runs = max(1, min(chunks, launch.cdiv(rows, TOKENS)))
-    if not with_a:
-        return Pieces(low.columns, 1, 1, runs)
-    if layout.columns <= MOST_COLUMNS:
-        return Pieces(layout.columns, 1, layout.count, runs)
-    return Pieces(layout.padded, layout.count, 1, runs)
+    columns, groups, per = low.columns, 1, 1
+    if with_a and layout.columns <= MOST_COLUMNS:
+        columns, per = layout.columns, layout.count
+    elif with_a:
+        columns, groups = layout.padded, layout.count
+    blocks = sum(low.widths) // FEATURES, outer // FEATURES * groups if with_a else 1
+    return Pieces(columns, groups, per, *(runs_of(chunks, units, programs // count) for count in (sum(blocks), blocks[1])))

@@ -166,7 +166,11 @@ def _runs(count: int, units: int, blocks: int, each: int, device: torch.device) 
     """
     programs = launch.persistent_programs(device)
     # one at a time: a second wave of a few programs would cost as much as the first
-    wanted = programs // blocks if each == 1 else launch.cdiv(each * programs, blocks)
+    return runs_of(count, units, programs // blocks if each == 1 else launch.cdiv(each * programs, blocks))
+
+
+def runs_of(count: int, units: int, wanted: int) -> int:
+    """``wanted``, or as near to it as ``count`` chunks of so many units in all allow."""
     return max(min(wanted, count), 1, launch.cdiv(units, MOST_WALK - LONGEST // UNIT))
 
 
