@@ -44,7 +44,7 @@ if MISSING is None:
     def multiply_all(
         HALF: gl.constexpr, d_y, p_low, p_scale, p_ready, p_words, p_db, p_stats_b, p_da, p_stats_a, p_table,
         s_x, s_w, s_rows, s_f, s_y, s_wide, s_of_b, s_of_a, s_piece, full, empty, idle, told, heard, full_sums, empty_sums,
-        num_m, helpers, M, runs_b, first_b, first_a,
+        num_m, helpers, M, units, runs_b, first_b, first_a,
         N: gl.constexpr, K: gl.constexpr, R: gl.constexpr, LR: gl.constexpr, SUM: gl.constexpr, S0: gl.constexpr, S1: gl.constexpr,
         S2: gl.constexpr, F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, SUMS: gl.constexpr,
         RANK: gl.constexpr, C_A: gl.constexpr, GROUPS_A: gl.constexpr, PER_A: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
@@ -57,7 +57,7 @@ if MISSING is None:
         )  # fmt: skip
         add_sums(
             HALF, p_words, p_db, p_stats_b, p_da, p_stats_a, p_table, s_piece, s_wide, s_of_b, s_of_a, idle, told, heard, full_sums, empty_sums,
-            helpers, runs_b, first_b, first_a, N, S0, S1, S2, F0, F1, F2, C, RANK, SUMS, GROUPS_A, C_A, PER_A, DEEP,
+            helpers, units, runs_b, first_b, first_a, N, S0, S1, S2, F0, F1, F2, C, RANK, SUMS, GROUPS_A, C_A, PER_A, DEEP,
         )  # fmt: skip
 
     @gluon.jit(do_not_specialize=["M", "helpers", "units", "runs_b", "runs_a", "first_b", "first_a"])
@@ -94,13 +94,13 @@ if MISSING is None:
                 (multiply_all, (
                     0, d_y, p_low, p_scale, p_ready, p_words, p_db, p_stats_b, p_da, p_stats_a, p_table,
                     s_x, s_w, s_rows, s_f, s_y, s_wide, s_of_b, s_of_a, s_piece, full, empty, idle, told, heard, full_sums, empty_sums,
-                    num_m, helpers, M, runs_b, first_b, first_a,
+                    num_m, helpers, M, units, runs_b, first_b, first_a,
                     N, K, R, LR, SUM, S0, S1, S2, F0, F1, F2, GROUPS, C, SUMS, RANK, C_A, GROUPS_A, PER_A, BM, BN, BK, STAGES, DEEP, GROUP,
                 )),
                 (multiply_all, (
                     1, d_y, p_low, p_scale, p_ready, p_words, p_db, p_stats_b, p_da, p_stats_a, p_table,
                     s_x, s_w, s_rows, s_f, s_y, s_wide, s_of_b, s_of_a, s_piece, full, empty, idle, told, heard, full_sums, empty_sums,
-                    num_m, helpers, M, runs_b, first_b, first_a,
+                    num_m, helpers, M, units, runs_b, first_b, first_a,
                     N, K, R, LR, SUM, S0, S1, S2, F0, F1, F2, GROUPS, C, SUMS, RANK, C_A, GROUPS_A, PER_A, BM, BN, BK, STAGES, DEEP, GROUP,
                 )),
                 (load_all, (

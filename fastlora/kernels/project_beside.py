@@ -106,7 +106,7 @@ ROWS_A_TILE, ROWS_A_TILE_WIDE = 3, 2
 MOST_TURNS = 16
 # Words of a stream, so the most rows of tiles; and streams that have words of their own.
 MOST_ROWS, MOST_STREAMS = 1024, 64
-# Words behind them, for the sums of sums_beside.py.
+# Words behind them, for sums_beside.py.
 MORE = 4
 
 

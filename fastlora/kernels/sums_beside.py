@@ -1,7 +1,7 @@
 """Token sums inside the launch of the product dX = dY W + dS A, for Hopper (compute capability 9.0): dB = dY^T S and dA = dS^T x.
 
 Programs that are through with dS (project_beside.py), and after the last turn of tiles those of the tiles too, take pieces of the sums from
-two queues until none is left: a piece is FEATURES features over a run of chunks. So multiprocessors that tiles leave idle are busy to the
+two queues until none is left. A piece is FEATURES features over a run of chunks. So multiprocessors that tiles leave idle are busy to the
 end, and what is left then is read by all of them at once, with no launch in between. Who takes a piece changes from run to run; the bits do
 not, as integers are added. Partial sums, their rounding and their figures are those of token_sum.py, bit for bit.
 
@@ -16,9 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastlora.kernels import launch
 from fastlora.kernels.chunks import UNIT, Chunks
-from fastlora.kernels.columns import starts_and_widths
 from fastlora.kernels.hopper import (
     MISSING,
     barrier,
@@ -33,7 +31,7 @@ from fastlora.kernels.token_sum import MOST_COLUMNS, Sink, runs_of
 
 # Features of a piece: half of them a warpgroup, whose integers then fit its registers with 64 columns.
 FEATURES = 128
-# The words of a launch behind those of its rows: how many, and which.
+# Words of a launch behind those of its rows: a queue's each, then STORED and LEFT below.
 WORDS = 4
 
 if MISSING is None:
@@ -52,18 +50,19 @@ if MISSING is None:
         return gl.sum(gl.where(o_t == 0, seen, 0), 0)
 
     @gluon.jit
-    def publish(s_piece, full, empty, turn, piece, first, last, chunk):
+    def publish(s_piece, full, empty, turn, piece, first, last, stop):
         """Tell the warpgroups the ``turn``-th piece of this program, in one of two places."""
         slot = turn % 2
         mbarrier.wait(empty.index(slot), ((turn // 2) & 1) ^ 1)
         o_t = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
-        s_piece.index(slot).store(gl.where(o_t == 0, piece, gl.where(o_t == 1, first, gl.where(o_t == 2, last, chunk))))
+        s_piece.index(slot).store(gl.where(o_t == 0, piece, gl.where(o_t == 1, first, gl.where(o_t == 2, last, stop))))
         barrier()
         mbarrier.arrive(full.index(slot))
 
     @gluon.jit
     def learn(s_piece, full, empty, turn):
-        """What :func:`publish` told, in a warpgroup: the piece, -1 if there is none; its first unit, the one behind its last, its first chunk."""
+        """What :func:`publish` told, in a warpgroup: the piece, -1 if there is none; its first unit, the one behind its last, the one behind its
+        first chunk."""
         slot = turn % 2
         mbarrier.wait(full.index(slot), (turn // 2) & 1)
         b_told = s_piece.index(slot).load(gl.BlockedLayout([1], [32], [4], [0]))
@@ -131,7 +130,7 @@ if MISSING is None:
                     i_run, feature, i_p = place_of_a(piece, N, GROUPS_A)
                     first = gl.load(p_table + i_run * units // runs_a)
                     last = gl.load(p_table + (i_run + 1) * units // runs_a)
-                    publish(s_piece, told, heard, taken, pieces_b + piece, first, last, gl.load(p_table + units + 2 + first))
+                    publish(s_piece, told, heard, taken, pieces_b + piece, first, last, gl.load(p_table + first + 1))
                     taken += 1
                     stored = gl.load(p_words + STORED, volatile=True)
                     while stored < 2 * helpers:
@@ -142,11 +141,11 @@ if MISSING is None:
                 i_run, feature, i_p = place_of_b(piece, S0, S1, S2, F0, F1, F2)
                 first = gl.load(p_table + i_run * units // runs_b)
                 last = gl.load(p_table + (i_run + 1) * units // runs_b)
-                publish(s_piece, told, heard, taken, piece, first, last, gl.load(p_table + units + 2 + first))
+                publish(s_piece, told, heard, taken, piece, first, last, gl.load(p_table + first + 1))
                 taken += 1
                 turn = load_run(d_y, d_s, s_wide, s_s, full, empty, turn, first, last, feature, i_p * C, C, DEEP)
         publish(s_piece, told, heard, taken, -1, 0, 0, 0)
-        if add_word(p_words + LEFT, "relaxed") == gl.num_programs(0) - 1:
+        if add_word(p_words + LEFT, "acq_rel") == gl.num_programs(0) - 1:
             o_t = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
             gl.store(p_words + o_t, o_t * 0, mask=o_t < ALL)
 
@@ -159,7 +158,7 @@ if MISSING is None:
 
     @gluon.jit
     def add_run(
-        s_wide, s_narrow, full, empty, turn, p_table, p_out, p_stats, first, last, first_chunk, feature, i_p, i_row,
+        s_wide, s_narrow, full, empty, turn, p_table, p_out, p_stats, first, last, stop, units, first_chunk, feature, i_p, i_row,
         HALF: gl.constexpr, C: gl.constexpr, R: gl.constexpr, RANK: gl.constexpr, PER: gl.constexpr, OUT_F: gl.constexpr,
         OUT_R: gl.constexpr, DEEP: gl.constexpr,
     ):  # fmt: skip
@@ -170,9 +169,9 @@ if MISSING is None:
         b_top, b_some = figures(gl.zeros((HALF_WIDE, C), gl.int32, layout), C // R, R)
         b_whole = b_some
         start = first
-        stop = gl.load(p_table + first + 1)  # of the unit behind it: the start of the next chunk
+        first_here = gl.load(p_table + units + 2 + first)
         while start < last:
-            next_stop = gl.load(p_table + stop + 1)
+            next_stop = gl.load(p_table + stop + 1)  # of a unit, where the next chunk starts
             b_sum = gl.zeros((HALF_WIDE, C), gl.float32, layout)
             for i_unit in range(start, stop):
                 stage = turn % DEEP
@@ -199,13 +198,17 @@ if MISSING is None:
         o_row = i_row + (o_c // R) * RANK + o_c % R
         o_out = o_f.to(gl.int64)[:, None] * OUT_F + o_row.to(gl.int64)[None, :] * OUT_R
         m_out = ((o_c % R < RANK) & (o_c // R < PER))[None, :] & (o_f >= 0)[:, None]
-        gl.atomic_add(p_out + o_out, b_total, mask=m_out, sem="relaxed")
+        # a reduction, of which nothing comes back, as gl.atomic_add would have it
+        gl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.u32 p, $3, 0; @p red.relaxed.gpu.global.add.u64 [$1], $2; mov.u32 $0, 0; }", "=r,l,l,r",
+            [(p_out + o_out).to(gl.int64), b_total, m_out.to(gl.int32)], dtype=gl.int32, is_pure=False, pack=1,
+        )
         # a non-finite partial's key lies above every finite one, the higher the earlier its chunk
         b_key = gl.max(gl.where(b_top < 0x7F800000, b_top, 0x7F800000 + 1023 - b_whole), 0)
-        b_filled, b_small = gl.sum(b_some & 0xFFFF, 0), gl.sum(b_some >> 16, 0)
+        b_filled, b_small = gl.sum(b_some & 0xFFFF, 0), gl.sum(b_some >> 16 & 0xFFFF, 0)
         o_q = gl.arange(0, C // R, b_key.type.layout)
         p_q, m_q, b_broken = p_stats + (i_p + o_q) * 4, o_q < PER, b_key >= 0x7F800000
-        gl.atomic_min(p_q, first_chunk + 1023 - (b_key - 0x7F800000).to(gl.int64), mask=m_q & b_broken, sem="relaxed")
+        gl.atomic_min(p_q, first_chunk + first_here + 1023 - (b_key - 0x7F800000).to(gl.int64), mask=m_q & b_broken, sem="relaxed")
         gl.atomic_max(p_q + 1, b_key.to(gl.int64), mask=m_q & (b_key < 0x7F800000), sem="relaxed")
         gl.atomic_add(p_q + 2, b_filled.to(gl.int64), mask=m_q, sem="relaxed")
         gl.atomic_add(p_q + 3, b_small.to(gl.int64), mask=m_q, sem="relaxed")
@@ -214,35 +217,35 @@ if MISSING is None:
     @gluon.jit
     def add_sums(
         HALF: gl.constexpr, p_words, p_db, p_stats_b, p_da, p_stats_a, p_table, s_piece, s_wide, s_s, s_ds, idle, told, heard, full, empty,
-        helpers, runs_b, first_b, first_a,
+        helpers, units, runs_b, first_b, first_a,
         N: gl.constexpr, S0: gl.constexpr, S1: gl.constexpr, S2: gl.constexpr, F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr,
         C: gl.constexpr, RANK: gl.constexpr, SUMS: gl.constexpr, GROUPS_A: gl.constexpr, C_A: gl.constexpr, PER_A: gl.constexpr,
         DEEP: gl.constexpr,
     ):  # fmt: skip
         """A multiplying warpgroup: its half of each piece the loading warp tells."""
-        mbarrier.arrive(idle.index(0))
         if gl.program_id(0) < helpers:  # each row of dS has been stored and ordered by now
             o_t = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
             gl.atomic_add(p_words + STORED + o_t * 0, o_t * 0 + 1, mask=o_t == 0, sem="release", scope="gpu")
+        mbarrier.arrive(idle.index(0))
         pieces_b = (F0 + F1 + F2) // WIDE * runs_b
         turn = 0
         taken = 0
-        piece, first, last, chunk = learn(s_piece, told, heard, taken)
+        piece, first, last, stop = learn(s_piece, told, heard, taken)
         while piece >= 0:
             taken += 1
             if piece < pieces_b:
                 _, feature, i_p = place_of_b(piece, S0, S1, S2, F0, F1, F2)
                 turn = add_run(
-                    s_wide, s_s, full, empty, turn, p_table, p_db, p_stats_b, first, last, first_b + chunk, feature, i_p, 0,
+                    s_wide, s_s, full, empty, turn, p_table, p_db, p_stats_b, first, last, stop, units, first_b, feature, i_p, 0,
                     HALF, C, C, RANK, 1, RANK, 1, DEEP,
                 )  # fmt: skip
             elif SUMS > 1:
                 _, feature, i_p = place_of_a(piece - pieces_b, N, GROUPS_A)
                 turn = add_run(
-                    s_wide, s_ds, full, empty, turn, p_table, p_da, p_stats_a, first, last, first_a + chunk, feature, i_p, i_p * RANK,
+                    s_wide, s_ds, full, empty, turn, p_table, p_da, p_stats_a, first, last, stop, units, first_a, feature, i_p, i_p * RANK,
                     HALF, C_A, C, RANK, PER_A, 1, N, DEEP,
                 )  # fmt: skip
-            piece, first, last, chunk = learn(s_piece, told, heard, taken)
+            piece, first, last, stop = learn(s_piece, told, heard, taken)
 
 
 class Sums(NamedTuple):
@@ -285,4 +288,4 @@ def pieces_of(layout, outer: int, low, chunks: int, units: int, programs: int, *
     elif with_a:
         columns, groups = layout.padded, layout.count
     blocks = sum(low.widths) // FEATURES, outer // FEATURES * groups if with_a else 1
-    return Pieces(columns, groups, per, *(runs_of(chunks, units, programs // count) for count in (sum(blocks), blocks[1])))
+    return Pieces(columns, groups, per, *(runs_of(chunks, units, programs // count) for count in blocks))

@@ -21,8 +21,8 @@ pytestmark = HOPPER
 QKV = (4096, 1024, 1024)
 # Tokens, input features, output features of each projection, rank, which directions make S in their launch (forward, backward).
 SHAPES = [
-    (8192, 4096, QKV, 16, (True, True)), (8192, 4096, QKV, 64, (False, True)), (8192, 4096, QKV, 5, (True, True)),
-    (2048, 4096, (4096,), 16, (True, True)), (8111, 4096, (4096,), 64, (True, True)), (7872, 4096, QKV, 32, (False, True)),
+    (8192, 4096, QKV, 16, (True, True)), (8192, 4096, QKV, 64, (True, True)), (8192, 4096, QKV, 5, (True, True)),
+    (2048, 4096, (4096,), 16, (True, True)), (8111, 4096, (4096,), 64, (True, True)), (7872, 4096, QKV, 32, (True, True)), (7872, 4096, QKV, 40, (True, True)),
     (8192, 4096, (14336, 14336), 16, (False, True)), (8192, 14336, (4096,), 16, (True, False)), (8320, 4096, (4096,), 16, (False, False)),
 ]  # fmt: skip
 

@@ -44,8 +44,8 @@ QKV = (4096, 1024, 1024)
     "rank, widths, rows, inner, transposed, found",
     [
         (16, QKV, 8192, 4096, True, 4), (16, QKV, 8192, 4096, False, 4), (16, QKV, 2048, 4096, False, 4),
-        # 192 columns of S are as much work as 3/4 of a tile; of dS each projection reads its own features
-        (64, QKV, 8192, 4096, True, 0), (64, QKV, 8192, 4096, False, 4),
+        # 192 columns of S are too much work, of which 128 are made; of dS each projection reads its own features
+        (64, QKV, 8192, 4096, True, 4), (64, QKV, 8192, 4096, False, 4), (128, QKV, 8192, 4096, True, 0), (32, QKV, 8192, 4096, True, 4),
         (64, (4096,), 8192, 4096, True, 4), (128, (4096,), 8192, 4096, True, 0),
         # every multiprocessor has a tile in every turn; two are too few for what is begun together; more turns than it is worth
         (16, (4096,), 8448, 4096, True, 0), (16, (4096,), 8320, 4096, True, 0), (16, (4096,), 7872, 4096, True, 8), (16, (28672,), 8192, 4096, True, 0),
@@ -60,7 +60,7 @@ def test_how_many_programs_make_s(rank, widths, rows, inner, transposed, found):
     deep, outer = (inner, sum(widths)) if transposed else (sum(widths), inner)
     tile = launch.gemm_specialized_tile(rows, outer, 132)
     low = project_beside.low_of(layout, deep, torch.bfloat16, "sm_90", transposed=transposed)
-    assert project_beside.helpers(low, rows, outer, tile, CPU) == found
+    assert project_beside.helpers(low, rows, outer, tile, CPU, transposed=transposed) == found
     gemm_beside.plan.cache_clear()
     made = gemm_beside.plan(rows, deep, outer, layout, transposed, False, torch.bfloat16, CPU)
     gemm_beside.plan.cache_clear()
@@ -78,6 +78,10 @@ def test_what_s_and_ds_are_made_of():
     block = tables.token_sum_tile("sm_90", torch.bfloat16, 16, with_ds=True, features=6144).bn
     assert low == Low(16, 4, (0, 4096, 5120), QKV, block)
     assert low.constants() == dict(S0=0, S1=4096, S2=5120, F0=4096, F1=1024, F2=1024, GROUPS=4, C=16, SUM=block)
+    # of S all columns, or those of two of three projections
+    assert project_beside.low_of(columns(64, *QKV), 4096, torch.bfloat16, "sm_90", transposed=True) == Low(128, 1, (0,), (4096,), 4096)
+    assert project_beside.low_of(columns(32, *QKV), 4096, torch.bfloat16, "sm_90", transposed=True) == Low(128, 1, (0,), (4096,), 4096)
+    assert project_beside.low_of(columns(128, 4096), 4096, torch.bfloat16, "sm_90", transposed=True) == Low(128, 1, (0,), (4096,), 4096)
     # of a high rank: one sum, as project.py makes it
     assert project_beside.low_of(columns(64, *QKV), 6144, torch.bfloat16, "sm_90", transposed=False) == Low(64, 4, (0, 4096, 5120), QKV, 4096)
 
@@ -104,7 +108,7 @@ def a_gpu(monkeypatch):
 
 def test_every_stream_has_words_of_its_own_until_there_are_none(a_gpu):
     first = project_beside.words(CPU)
-    assert first.dtype == torch.int32 and first.tolist() == [0] * project_beside.MOST_ROWS
+    assert first.dtype == torch.int32 and first.tolist() == [0] * (project_beside.MOST_ROWS + project_beside.MORE)
     assert project_beside.words(CPU) is first
     seen = [first]
     for a_gpu["stream"] in range(2, project_beside.MOST_STREAMS + 1):
