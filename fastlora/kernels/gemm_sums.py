@@ -24,7 +24,7 @@ if MISSING is None:
     @gluon.jit
     def load_all(
         d_x, d_w, d_s, d_b, d_f, d_dy, d_of_b, d_in, d_of_a, p_ready, p_words, p_table, s_x, s_w, s_rows, s_f, s_wide, s_of_b, s_of_a, s_piece,
-        full, empty, idle, told, heard, full_sums, empty_sums, num_m, helpers, units, runs_b, runs_a,
+        full, empty, idle, told, heard, full_sums, empty_sums, num_m, helpers, M, units, runs_b, runs_a,
         N: gl.constexpr, K: gl.constexpr, R: gl.constexpr, S0: gl.constexpr, S1: gl.constexpr, S2: gl.constexpr, F0: gl.constexpr,
         F1: gl.constexpr, F2: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, SUMS: gl.constexpr, C_A: gl.constexpr,
         GROUPS_A: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, DEEP: gl.constexpr,
@@ -37,7 +37,7 @@ if MISSING is None:
         )  # fmt: skip
         load_sums(
             d_dy, d_of_b, d_in, d_of_a, p_words, p_table, s_piece, s_wide, s_of_b, s_of_a, idle, told, heard, full_sums, empty_sums,
-            helpers, units, runs_b, runs_a, N, SUMS, S0, S1, S2, F0, F1, F2, C, GROUPS_A, C_A, DEEP,
+            helpers, M, units, runs_b, runs_a, N, SUMS, S0, S1, S2, F0, F1, F2, C, GROUPS_A, C_A, STAGES,
         )  # fmt: skip
 
     @gluon.jit
@@ -57,7 +57,7 @@ if MISSING is None:
         )  # fmt: skip
         add_sums(
             HALF, p_words, p_db, p_stats_b, p_da, p_stats_a, p_table, s_piece, s_wide, s_of_b, s_of_a, idle, told, heard, full_sums, empty_sums,
-            helpers, units, runs_b, first_b, first_a, N, S0, S1, S2, F0, F1, F2, C, RANK, SUMS, GROUPS_A, C_A, PER_A, DEEP,
+            helpers, units, runs_b, first_b, first_a, N, S0, S1, S2, F0, F1, F2, C, RANK, SUMS, GROUPS_A, C_A, PER_A, STAGES,
         )  # fmt: skip
 
     @gluon.jit(do_not_specialize=["M", "helpers", "units", "runs_b", "runs_a", "first_b", "first_a"])
@@ -86,7 +86,7 @@ if MISSING is None:
         s_y = gl.allocate_shared_memory(d_y.dtype, [4, BM // 2, BN // 4], d_y.layout)
         s_piece = gl.allocate_shared_memory(gl.int32, [2, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         full, empty = ring(DEEP, 1), ring(DEEP, 2)
-        full_sums, empty_sums, told, heard, idle = ring(DEEP, 1), ring(DEEP, 2), ring(2, 1), ring(2, 2), ring(1, 2)
+        full_sums, empty_sums, told, heard, idle = ring(STAGES, 1), ring(STAGES, 2), ring(2, 1), ring(2, 2), ring(1, 2)
         num_m = (M + BM - 1) // BM
         p_words = p_ready + ROWS
         gl.warp_specialize(
@@ -106,7 +106,7 @@ if MISSING is None:
                 (load_all, (
                     d_x, d_w, d_s, d_b, d_f, d_dy, d_of_b, d_in, d_of_a, p_ready, p_words, p_table,
                     s_x, s_w, s_rows, s_f, s_wide, s_of_b, s_of_a, s_piece,
-                    full, empty, idle, told, heard, full_sums, empty_sums, num_m, helpers, units, runs_b, runs_a,
+                    full, empty, idle, told, heard, full_sums, empty_sums, num_m, helpers, M, units, runs_b, runs_a,
                     N, K, R, S0, S1, S2, F0, F1, F2, GROUPS, C, SUMS, C_A, GROUPS_A, BM, BN, BK, STAGES, DEEP, GROUP,
                 )),
             ],

@@ -94,18 +94,27 @@ if MISSING is None:
         return piece // GROUPS // blocks, piece // GROUPS % blocks * WIDE, piece % GROUPS
 
     @gluon.jit
-    def load_run(d_wide, d_narrow, s_wide, s_narrow, full, empty, turn, first, last, feature, column, C: gl.constexpr, DEEP: gl.constexpr):
-        """Copy the blocks of a piece, one a unit of 64 tokens."""
-        for i_unit in range(first, last):
-            stage, bar = claim(full, empty, turn, STEP * (WIDE + C) * 2, DEEP)
-            copy_in(d_wide, [i_unit * STEP, feature], bar, s_wide.index(stage))
-            copy_in(d_narrow, [i_unit * STEP, column], bar, s_narrow.index(stage * (MOST_C // C)))
-            turn += 1
+    def load_run(
+        d_wide, d_narrow, s_wide, s_narrow, full, empty, turn, p_table, first, last, stop, M, feature, column, C: gl.constexpr, DEEP: gl.constexpr
+    ):  # fmt: skip
+        """Copy the blocks of a piece, a pair of units a place; an odd one is paired with rows behind the last, zeros."""
+        start = first
+        while start < last:
+            next_stop = gl.load(p_table + stop + 1)  # of a unit, where the next chunk starts
+            for i_unit in range(start, stop, 2):
+                stage, bar = claim(full, empty, turn, 2 * STEP * (WIDE + C) * 2, DEEP)
+                for i_half in gl.static_range(2):
+                    row = i_unit * STEP if i_half == 0 else gl.where(i_unit + 1 < stop, (i_unit + 1) * STEP, M)
+                    copy_in(d_wide, [row, feature], bar, s_wide.index(stage * 2 + i_half))
+                    copy_in(d_narrow, [row, column], bar, s_narrow.index((stage * 2 + i_half) * (MOST_C // C)))
+                turn += 1
+            start = stop
+            stop = next_stop
         return turn
 
     @gluon.jit
     def load_sums(
-        d_y, d_s, d_x, d_ds, p_words, p_table, s_piece, s_wide, s_s, s_ds, idle, told, heard, full, empty, helpers, units, runs_b, runs_a,
+        d_y, d_s, d_x, d_ds, p_words, p_table, s_piece, s_wide, s_s, s_ds, idle, told, heard, full, empty, helpers, M, units, runs_b, runs_a,
         N: gl.constexpr, SUMS: gl.constexpr, S0: gl.constexpr, S1: gl.constexpr, S2: gl.constexpr, F0: gl.constexpr, F1: gl.constexpr,
         F2: gl.constexpr, C: gl.constexpr, GROUPS_A: gl.constexpr, C_A: gl.constexpr, DEEP: gl.constexpr,
     ):  # fmt: skip
@@ -130,20 +139,22 @@ if MISSING is None:
                     i_run, feature, i_p = place_of_a(piece, N, GROUPS_A)
                     first = gl.load(p_table + i_run * units // runs_a)
                     last = gl.load(p_table + (i_run + 1) * units // runs_a)
-                    publish(s_piece, told, heard, taken, pieces_b + piece, first, last, gl.load(p_table + first + 1))
+                    stop = gl.load(p_table + first + 1)
+                    publish(s_piece, told, heard, taken, pieces_b + piece, first, last, stop)
                     taken += 1
                     stored = gl.load(p_words + STORED, volatile=True)
                     while stored < 2 * helpers:
                         stored = gl.load(p_words + STORED, volatile=True)
                     order_memory(piece)
-                    turn = load_run(d_x, d_ds, s_wide, s_ds, full, empty, turn, first, last, feature, i_p * C_A, C_A, DEEP)
+                    turn = load_run(d_x, d_ds, s_wide, s_ds, full, empty, turn, p_table, first, last, stop, M, feature, i_p * C_A, C_A, DEEP)
             else:
                 i_run, feature, i_p = place_of_b(piece, S0, S1, S2, F0, F1, F2)
                 first = gl.load(p_table + i_run * units // runs_b)
                 last = gl.load(p_table + (i_run + 1) * units // runs_b)
-                publish(s_piece, told, heard, taken, piece, first, last, gl.load(p_table + first + 1))
+                stop = gl.load(p_table + first + 1)
+                publish(s_piece, told, heard, taken, piece, first, last, stop)
                 taken += 1
-                turn = load_run(d_y, d_s, s_wide, s_s, full, empty, turn, first, last, feature, i_p * C, C, DEEP)
+                turn = load_run(d_y, d_s, s_wide, s_s, full, empty, turn, p_table, first, last, stop, M, feature, i_p * C, C, DEEP)
         publish(s_piece, told, heard, taken, -1, 0, 0, 0)
         if add_word(p_words + LEFT, "acq_rel") == gl.num_programs(0) - 1:
             o_t = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
@@ -171,14 +182,15 @@ if MISSING is None:
         start = first
         first_here = gl.load(p_table + units + 2 + first)
         while start < last:
-            next_stop = gl.load(p_table + stop + 1)  # of a unit, where the next chunk starts
+            next_stop = gl.load(p_table + stop + 1)
             b_sum = gl.zeros((HALF_WIDE, C), gl.float32, layout)
-            for i_unit in range(start, stop):
+            for i_unit in range(start, stop, 2):
                 stage = turn % DEEP
                 mbarrier.wait(full.index(stage), (turn // DEEP) & 1)
-                b_wide = s_wide.index(stage).slice(HALF * HALF_WIDE, HALF_WIDE, dim=1).permute((1, 0))
-                b_sum = warpgroup_mma(b_wide, s_narrow.index(stage * (MOST_C // C)), b_sum, is_async=True)
-                b_sum = warpgroup_mma_wait(1, deps=[b_sum])
+                for i_half in gl.static_range(2):
+                    b_wide = s_wide.index(stage * 2 + i_half).slice(HALF * HALF_WIDE, HALF_WIDE, dim=1).permute((1, 0))
+                    b_sum = warpgroup_mma(b_wide, s_narrow.index((stage * 2 + i_half) * (MOST_C // C)), b_sum, is_async=True)
+                b_sum = warpgroup_mma_wait(2, deps=[b_sum])
                 mbarrier.arrive(empty.index((turn + DEEP - 1) % DEEP), pred=i_unit > start)
                 turn += 1
             b_sum = warpgroup_mma_wait(0, deps=[b_sum])
