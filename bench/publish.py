@@ -65,18 +65,22 @@ def newest(folder: pathlib.Path) -> list[tuple[str, pathlib.Path, dict]]:
     measured = {device for kind, device, *_ in found if kind == "block"}
     kept = [entry for key, entry in found.items() if not (key[0] == "linear" and key[1] in measured)]
     for key, entries in earlier.items():
-        kept += [entry for before in entries if key[0] == "step" and (entry := _peers_alone(before, found[key][2]))]
+        if key[0] == "step":
+            kept += _peers_alone(sorted(entries, key=lambda entry: entry[2]["provenance"]["date"], reverse=True), found[key][2])
     # The largest model first: it is what the figures above the fold are about.
     return sorted(kept, key=lambda e: (ORDER.index(e[0]), -_size(e[2]), "peers" in e[2], device_label(e[2]["provenance"]), e[1].name))
 
 
-def _peers_alone(entry: tuple[str, pathlib.Path, dict], newer: dict) -> tuple[str, pathlib.Path, dict] | None:
-    """An earlier result of whole models with the systems of others that the newer one did not time; None without any. Ours are left
-    out: they have changed since."""
-    kind, path, result = entry
-    timed = {row["system"] for row in newer["rows"] if "time" in row}
-    rows = [row for row in result["rows"] if "time" in row and not row["system"].startswith("fastlora") and row["system"] not in timed]
-    return (kind, path, {**result, "rows": rows, "peers": True}) if rows else None
+def _peers_alone(entries: list[tuple[str, pathlib.Path, dict]], newest: dict) -> list[tuple[str, pathlib.Path, dict]]:
+    """Earlier results of whole models, the latest first, with the systems of others that no later one timed; those with none are left out.
+    Ours are left out too: they have changed since."""
+    timed, kept = {row["system"] for row in newest["rows"] if "time" in row}, []
+    for kind, path, result in entries:
+        rows = [row for row in result["rows"] if "time" in row and not row["system"].startswith("fastlora") and row["system"] not in timed]
+        timed |= {row["system"] for row in rows}
+        if rows:
+            kept.append((kind, path, {**result, "rows": rows, "peers": True}))
+    return kept
 
 
 def _size(result: dict) -> int:

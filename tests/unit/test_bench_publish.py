@@ -155,3 +155,16 @@ def test_publish_refuses_a_readme_without_marks_and_a_file_that_is_no_result(pla
 def test_readme_is_what_publish_makes_of_the_results():
     made = publish.text_of(publish.newest(RESULTS))
     assert publish.MARKS.search(publish.README.read_text(encoding="utf-8"))[0] == f"<!-- bench -->\n{made}<!-- /bench -->"
+
+
+def test_a_system_that_the_newest_result_did_not_time_comes_from_the_latest_that_did(place):
+    found = results()
+    for date, more in (("2026-11-10", ["peft+liger", "peft+ckpt"]), ("2026-11-20", ["peft+liger", "fastlora+r128"])):
+        rows = [step_row(name, time=TIME | {"median_ms": float(date[-2:] + "1")}) for name in ("peft", *more)]
+        found[f"z-{date}"] = found["a-step"] | {"provenance": said(date), "rows": [step_row("frozen"), *rows]}
+    put(place[0], found)
+    publish.publish(*place)
+    text = place[1].read_text()
+    # ours have changed since, and PEFT was timed anew
+    assert "fastlora+r128" not in text and text.count("| peft |") == 1
+    assert "| peft+liger | 201.0 |" in text and "| peft+ckpt | 101.0 |" in text and text.count("| peft+liger |") == 1
