@@ -49,19 +49,20 @@ def build_arguments(case, element: str, layout):
         return _glu(case, block, layout)
     if case.operation == DROPOUT:
         return _dropout(case, block, layout)
-    n, k = (case.outer, case.inner) if case.transposed else (case.inner, case.outer)
+    transposed = case.transposed and case.operation not in SUMS
+    n, k = (case.outer, case.inner) if transposed else (case.inner, case.outer)
     tile = GEMM.get(case.operation, tables.GEMM_SPECIALIZED[-1])
-    rank, second, third = gemm_specialized.rank_columns(layout, layout.columns, tile, transposed=case.transposed)
-    signature = {which: block(*size) for which, size in gemm_specialized.blocks_of(tile, transposed=case.transposed).items()}
+    rank, second, third = gemm_specialized.rank_columns(layout, layout.columns, tile, transposed=transposed)
+    signature = {which: block(*size) for which, size in gemm_specialized.blocks_of(tile, transposed=transposed).items()}
     signature |= {"p_bias": element, "M": "i32"}
     constants = dict(
-        N=n, K=k, R=rank, SECOND=second, THIRD=third, TRANSPOSED=case.transposed, BIAS=case.dtype == torch.float16,
+        N=n, K=k, R=rank, SECOND=second, THIRD=third, TRANSPOSED=transposed, BIAS=case.dtype == torch.float16,
         BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group,
     )  # fmt: skip
     if case.operation != BESIDE and case.operation not in SUMS:
         return gemm_specialized.gemm_specialized_kernel, tile, signature, constants
-    low = project_beside.low_of(layout, k, case.dtype, case.arch, transposed=case.transposed)
-    signature |= {"d_f": block(*gemm_beside.factor_block(low, tile, transposed=case.transposed)), "helpers": "i32"}
+    low = project_beside.low_of(layout, k, case.dtype, case.arch, transposed=transposed)
+    signature |= {"d_f": block(*gemm_beside.factor_block(low, tile, transposed=transposed)), "helpers": "i32"}
     signature |= {"p_low": element, "p_scale": "*fp32", "p_ready": "*i32"}
     constants |= low.constants() | {"LR": layout.columns}
     if case.operation == BESIDE:
@@ -70,6 +71,7 @@ def build_arguments(case, element: str, layout):
 
 
 def _sums(case, block, layout, low, n, tile, signature, constants):
+    """dX, whichever direction the case says."""
     with_a = SUMS[case.operation]
     pieces = sums_beside.pieces_of(layout, n, low, 16, 128, 132, with_a=with_a)
     signature |= dict.fromkeys(("d_dy", "d_in"), block(sums_beside.UNIT, sums_beside.FEATURES))
