@@ -89,6 +89,7 @@ if MISSING is None:
         full_sums, empty_sums, told, heard, idle = ring(STAGES, 1), ring(STAGES, 2), ring(2, 1), ring(2, 2), ring(1, 2)
         num_m = (M + BM - 1) // BM
         p_words = p_ready + ROWS
+        # Registers: the warp that loads also looks up pieces, which it does not in 24.
         gl.warp_specialize(
             [
                 (multiply_all, (
