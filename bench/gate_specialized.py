@@ -59,7 +59,7 @@ def build_arguments(case, element: str, layout):
         N=n, K=k, R=rank, SECOND=second, THIRD=third, TRANSPOSED=transposed, BIAS=case.dtype == torch.float16,
         BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group,
     )  # fmt: skip
-    if case.operation != BESIDE and case.operation not in SUMS:
+    if case.operation not in (BESIDE, *SUMS):
         return gemm_specialized.gemm_specialized_kernel, tile, signature, constants
     low = project_beside.low_of(layout, k, case.dtype, case.arch, transposed=transposed)
     signature |= {"d_f": block(*gemm_beside.factor_block(low, tile, transposed=transposed)), "helpers": "i32"}
@@ -76,8 +76,7 @@ def _sums(case, block, layout, low, n, tile, signature, constants):
     pieces = sums_beside.pieces_of(layout, n, low, 16, 128, 132, with_a=with_a)
     signature |= dict.fromkeys(("d_dy", "d_in"), block(sums_beside.UNIT, sums_beside.FEATURES))
     signature |= {"d_of_b": block(sums_beside.UNIT, low.columns), "d_of_a": block(sums_beside.UNIT, pieces.columns)}
-    signature |= dict.fromkeys(("p_db", "p_stats_b", "p_da", "p_stats_a", "first_b", "first_a"), "i64")
-    signature |= {name: f"*{signature[name]}" for name in ("p_db", "p_stats_b", "p_da", "p_stats_a")}
+    signature |= dict.fromkeys(("p_db", "p_stats_b", "p_da", "p_stats_a"), "*i64") | dict.fromkeys(("first_b", "first_a"), "i64")
     signature |= {"p_table": "*i32", "units": "i32", "runs_b": "i32", "runs_a": "i32"}
     constants |= dict(SUMS=1 + with_a, RANK=case.rank, C_A=pieces.columns, GROUPS_A=pieces.groups, PER_A=pieces.per, ROWS=project_beside.MOST_ROWS)
     names = gemm_sums.gemm_sums_kernel.arg_names

@@ -7,6 +7,7 @@ The GEMM is that of gemm_specialized.py; its first programs make S (project_besi
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 from fastlora.kernels import gemm_specialized, hopper, launch, project_beside
 from fastlora.kernels.hopper import MISSING, attempt, describe, gl, gluon, reinterpret
@@ -103,9 +104,17 @@ def factor_block(low, tile, *, transposed: bool) -> tuple[int, int]:
     return (low.columns, tile.bk) if transposed else (tile.bk, low.columns)
 
 
+class Plan(NamedTuple):
+    """What a product's shape decides: the launch, how many of its programs make S, and of what."""
+
+    launch: launch.Launch
+    helpers: int
+    low: project_beside.Low
+
+
 @functools.lru_cache(maxsize=1024)  # rows differ from step to step
-def plan(rows, inner, outer, layout, transposed, biased, dtype, device) -> tuple[launch.Launch, int, int] | None:
-    """(launch, programs of S, columns of S it makes), or None where S has a launch of its own."""
+def plan(rows, inner, outer, layout, transposed, biased, dtype, device) -> Plan | None:
+    """None: S has a launch of its own."""
     arch = launch.arch_at(device)
     if not (hopper.serves(arch) and launch.can_use_tma(arch, dtype, inner, outer)):
         return None
@@ -118,12 +127,13 @@ def plan(rows, inner, outer, layout, transposed, biased, dtype, device) -> tuple
     wide = {"d_x": inner, "d_w": inner if transposed else outer, "d_s": stored, "d_b": stored if transposed else outer, "d_y": outer}
     wide["d_f"] = inner if transposed else stored
     blocks = gemm_specialized.blocks_of(tile, transposed=transposed) | {"d_f": factor_block(low, tile, transposed=transposed)}
-    made = tuple(launch.describer(dtype, wide[name], *blocks[name], describe) for name in OPERANDS)
-    return launch.Launch(
-        gemm_beside_kernel, (launch.persistent_programs(device),), tile, made,
+    described = tuple(launch.describer(dtype, wide[name], *blocks[name], describe) for name in OPERANDS)
+    made = launch.Launch(
+        gemm_beside_kernel, (launch.persistent_programs(device),), tile, described,
         N=outer, K=inner, R=rank, SECOND=second, THIRD=third, TRANSPOSED=transposed, BIAS=biased, LR=stored, **low.constants(),
         BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group,
-    ), helpers, low.columns * low.groups  # fmt: skip
+    )  # fmt: skip
+    return Plan(made, helpers, low)
 
 
 def run(x, weight, factor, other, bias, *, transposed: bool, layout):
@@ -144,9 +154,10 @@ def run(x, weight, factor, other, bias, *, transposed: bool, layout):
     if ready is None:
         return None
     out, low = launch.empty(x, rows, outer), launch.empty(x, rows, layout.columns)
-    if made[2] < layout.columns:
-        project_rest(x, factor, layout, low, made[2])
+    columns = made.low.columns * made.low.groups
+    if columns < layout.columns:
+        project_rest(x, factor, layout, low, columns)
     scales = layout.scale_of_columns(x.device)
     bias = x if bias is None else bias
-    done = attempt(NAME, made[0], x, weight, low, other, factor, out, bias, low, scales, ready, rows, made[1])
+    done = attempt(NAME, made.launch, x, weight, low, other, factor, out, bias, low, scales, ready, rows, made.helpers)
     return (out, low) if done else None

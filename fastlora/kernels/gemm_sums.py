@@ -6,6 +6,7 @@ The launch of gemm_beside.py, whose programs then share out the sums (sums_besid
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 from fastlora.kernels import gemm_beside, launch, project_beside, sums_beside
 from fastlora.kernels.hopper import MISSING, attempt, compiles, describe, gl, gluon, reinterpret
@@ -116,15 +117,22 @@ if MISSING is None:
         )  # fmt: skip
 
 
+class Plan(NamedTuple):
+    """What a product's shape and its chunks decide: the launch, how many of its programs make dS, and the pieces of the sums."""
+
+    launch: launch.Launch
+    helpers: int
+    pieces: sums_beside.Pieces
+
+
 @functools.lru_cache(maxsize=1024)  # rows and chunks differ from step to step
-def plan(rows, inner, outer, layout, chunks, with_a, dtype, device) -> tuple[launch.Launch, int, sums_beside.Pieces] | None:
-    """(launch, programs of dS, pieces of the sums), or None where the sums have launches of their own."""
-    made = gemm_beside.plan(rows, inner, outer, layout, False, False, dtype, device)
-    if made is None:
+def plan(rows, inner, outer, layout, chunks, with_a, dtype, device) -> Plan | None:
+    """None: the sums have launches of their own."""
+    beside = gemm_beside.plan(rows, inner, outer, layout, False, False, dtype, device)
+    if beside is None:
         return None
-    tile, constants = made[0].tile, made[0].constants
-    low = project_beside.low_of(layout, inner, dtype, launch.arch_at(device), transposed=False)
-    pieces = sums_beside.pieces_of(layout, outer, low, chunks, launch.cdiv(rows, UNIT), made[0].grid[0], with_a=with_a)
+    product, low = beside.launch, beside.low
+    pieces = sums_beside.pieces_of(layout, outer, low, chunks, launch.cdiv(rows, UNIT), product.grid[0], with_a=with_a)
     if pieces is None:
         return None
     more = (
@@ -132,11 +140,12 @@ def plan(rows, inner, outer, layout, chunks, with_a, dtype, device) -> tuple[lau
         launch.describer(dtype, outer if with_a else inner, UNIT, FEATURES, describe),
         launch.describer(dtype, layout.columns, UNIT, pieces.columns, describe),
     )  # fmt: skip
-    kept = {name: value for name, value in constants.items() if name in gemm_sums_kernel.arg_names}
-    return launch.Launch(
-        gemm_sums_kernel, made[0].grid[:1], tile, (*made[0].describe, *more), **kept, SUMS=1 + with_a, RANK=layout.rank,
+    kept = {name: value for name, value in product.constants.items() if name in gemm_sums_kernel.arg_names}
+    made = launch.Launch(
+        gemm_sums_kernel, product.grid[:1], product.tile, (*product.describe, *more), **kept, SUMS=1 + with_a, RANK=layout.rank,
         C_A=pieces.columns, GROUPS_A=pieces.groups, PER_A=pieces.per, ROWS=project_beside.MOST_ROWS,
-    ), made[1], pieces  # fmt: skip
+    )  # fmt: skip
+    return Plan(made, beside.helpers, pieces)
 
 
 def run(dy, weight, b, a, layout, sums: Sums):
@@ -160,9 +169,9 @@ def run(dy, weight, b, a, layout, sums: Sums):
     sinks = (of_b, of_a)[: 1 + with_a]
     first = [sink.count(chunks.count) for sink in sinks]
     done = attempt(
-        NAME, made[0], dy, weight, ds, a, b, dx, dy, sums.s, x, ds if with_a else sums.s, ds, layout.scale_of_columns(dy.device), ready,
-        of_b.total, of_b.stats, of_a.total, of_a.stats, chunks.table, rows, made[1], chunks.units, made[2].runs_b, made[2].runs_a,
-        first[0], first[-1],
+        NAME, made.launch, dy, weight, ds, a, b, dx, dy, sums.s, x, ds if with_a else sums.s, ds, layout.scale_of_columns(dy.device), ready,
+        of_b.total, of_b.stats, of_a.total, of_a.stats, chunks.table, rows, made.helpers, chunks.units, made.pieces.runs_b,
+        made.pieces.runs_a, first[0], first[-1],
     )  # fmt: skip
     if done:
         return dx, ds

@@ -27,18 +27,18 @@ from fastlora.kernels.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from fastlora.kernels.project_beside import MORE
 from fastlora.kernels.token_sum import MOST_COLUMNS, Sink, runs_of
 
 # Features of a piece: half of them a warpgroup, whose integers then fit its registers with 64 columns.
 FEATURES = 128
-# Words of a launch behind those of its rows: a queue's each, then STORED and LEFT below.
-WORDS = 4
 
 if MISSING is None:
     from fastlora.kernels.project_beside import order_memory
     from fastlora.kernels.ring import claim
 
-    STORED, LEFT, ALL = gl.constexpr(2), gl.constexpr(3), gl.constexpr(WORDS)
+    # the words: first a queue's each
+    STORED, LEFT, ALL = gl.constexpr(2), gl.constexpr(3), gl.constexpr(MORE)
     WIDE, HALF_WIDE, STEP = gl.constexpr(FEATURES), gl.constexpr(FEATURES // 2), gl.constexpr(UNIT)
     MOST_C = gl.constexpr(MOST_COLUMNS)
 

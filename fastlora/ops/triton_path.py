@@ -98,10 +98,9 @@ def products_backward(dy, s, weight, a, b, layout, dropout, chunks, sink, beside
     """
     with beside.product(dy.shape[0] * weight.numel()):
         if dropout is None:
-            if sink is not None:
-                made = gemm_with_sums(dy, weight, b, a, layout, Sums(chunks, s, sink, x, sink_a))
-                if made is not None:
-                    return made[0], made[1] if x is None else None, Later(None)
+            made = None if sink is None else gemm_with_sums(dy, weight, b, a, layout, Sums(chunks, s, sink, x, sink_a))
+            if made is not None:
+                return made[0], made[1] if x is None else None, Later(None)
             made = gemm_with_low(dy, weight, b, a, None, transposed=False, layout=layout)
             if made is not None:
                 return *made, beside.add(_db, dy, s, layout, chunks, sink)

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from fastlora.kernels import gemm_dropout, hopper, launch, tables
 from fastlora.kernels.columns import Columns
 from fastlora.kernels.gemm import gemm
+from tests.unit.h200 import stand_in
 
 if hopper.MISSING is not None:
     pytest.skip(f"this Triton has no Gluon: {hopper.MISSING}", allow_module_level=True)
@@ -19,12 +20,7 @@ HALF = torch.bfloat16
 
 @pytest.fixture(autouse=True)
 def h200(monkeypatch):
-    monkeypatch.setattr(hopper, "_refused", {})
-    monkeypatch.setattr(launch, "persistent_programs", lambda device: 132)
-    monkeypatch.setattr(launch, "arch_at", lambda device: "sm_90")
-    gemm_dropout.plan.cache_clear()
-    yield
-    gemm_dropout.plan.cache_clear()
+    yield from stand_in(monkeypatch, gemm_dropout.plan)
 
 
 @pytest.mark.parametrize(

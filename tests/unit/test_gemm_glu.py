@@ -10,6 +10,7 @@ from triton.compiler.errors import CompilationError
 
 from fastlora.kernels import gemm_glu, hopper, launch
 from fastlora.kernels.columns import Columns
+from tests.unit.h200 import stand_in
 
 if hopper.MISSING is not None:
     pytest.skip(f"this Triton has no Gluon: {hopper.MISSING}", allow_module_level=True)
@@ -19,12 +20,7 @@ HALF = torch.bfloat16
 
 @pytest.fixture(autouse=True)
 def on_hopper(monkeypatch):
-    monkeypatch.setattr(hopper, "_refused", {})
-    monkeypatch.setattr(launch, "arch_at", lambda device: "sm_90")
-    monkeypatch.setattr(launch, "persistent_programs", lambda device: 132)
-    gemm_glu.plan.cache_clear()
-    yield
-    gemm_glu.plan.cache_clear()
+    yield from stand_in(monkeypatch, gemm_glu.plan)
 
 
 def columns(rank, features, count=2):

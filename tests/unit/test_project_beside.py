@@ -10,22 +10,17 @@ pytest.importorskip("triton")
 from fastlora.kernels import gemm_beside, hopper, launch, project_beside, tables
 from fastlora.kernels.columns import Columns
 from fastlora.kernels.project_beside import Low
+from tests.unit.h200 import CPU, QKV, columns, stand_in
 
 if hopper.MISSING is not None:
     pytest.skip(f"this Triton has no Gluon: {hopper.MISSING}", allow_module_level=True)
 
-CPU = torch.device("cpu")
 WIDEST = tables.GEMM_SPECIALIZED[-1]
-
-
-def columns(rank: int, *widths: int) -> Columns:
-    return Columns((rank,) * len(widths), tuple(sum(widths[:i]) for i in range(len(widths))), widths, (2.0,) * len(widths))
 
 
 @pytest.fixture(autouse=True)
 def h200(monkeypatch):
-    monkeypatch.setattr(launch, "persistent_programs", lambda device: 132)
-    monkeypatch.setattr(launch, "arch_at", lambda device: "sm_90")
+    yield from stand_in(monkeypatch, gemm_beside.plan)
 
 
 @pytest.mark.parametrize(
@@ -35,9 +30,6 @@ def test_a_grid_has_no_more_programs_than_share_its_tiles_evenly(tiles, programs
     assert launch.even_programs(tiles, CPU) == programs
     # as many turns as with every multiprocessor
     assert launch.cdiv(tiles, programs) == launch.cdiv(tiles, 132)
-
-
-QKV = (4096, 1024, 1024)
 
 
 @pytest.mark.parametrize(
@@ -61,13 +53,11 @@ def test_how_many_programs_make_s(rank, widths, rows, inner, transposed, found):
     tile = launch.gemm_specialized_tile(rows, outer, 132)
     low = project_beside.low_of(layout, deep, torch.bfloat16, "sm_90", transposed=transposed)
     assert project_beside.helpers(low, rows, outer, tile, CPU, transposed=transposed) == found
-    gemm_beside.plan.cache_clear()
     made = gemm_beside.plan(rows, deep, outer, layout, transposed, False, torch.bfloat16, CPU)
-    gemm_beside.plan.cache_clear()
     assert (made is None) == (found == 0)
     if found:
-        grid, tiles = made[0].grid[0], launch.cdiv(rows, tile.bm) * launch.cdiv(outer, tile.bn)
-        assert made[1] == found and grid == launch.even_programs(tiles, CPU) + found <= 132
+        grid, tiles = made.launch.grid[0], launch.cdiv(rows, tile.bm) * launch.cdiv(outer, tile.bn)
+        assert made.helpers == found and grid == launch.even_programs(tiles, CPU) + found <= 132
 
 
 def test_what_s_and_ds_are_made_of():

@@ -7,32 +7,21 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastlora.kernels import gemm_beside, gemm_sums, hopper, launch, project_beside, sums_beside
+from fastlora.kernels import gemm_beside, gemm_sums, hopper, project_beside, sums_beside
 from fastlora.kernels.chunks import chunks_of
 from fastlora.kernels.columns import Columns
 from fastlora.kernels.sums_beside import Pieces, Sums
 from fastlora.kernels.token_sum import MOST_WALK, Sink
 from fastlora.token_sum import TokenSum
+from tests.unit.h200 import CPU, QKV, columns, stand_in
 
 if hopper.MISSING is not None:
     pytest.skip(f"this Triton has no Gluon: {hopper.MISSING}", allow_module_level=True)
 
-CPU = torch.device("cpu")
-QKV = (4096, 1024, 1024)
-
 
 @pytest.fixture(autouse=True)
 def h200(monkeypatch):
-    monkeypatch.setattr(launch, "persistent_programs", lambda device: 132)
-    monkeypatch.setattr(launch, "arch_at", lambda device: "sm_90")
-    plans = gemm_beside.plan, gemm_sums.plan
-    yield
-    for plan in plans:
-        plan.cache_clear()
-
-
-def columns(rank: int, *widths: int) -> Columns:
-    return Columns((rank,) * len(widths), tuple(sum(widths[:i]) for i in range(len(widths))), widths, (2.0,) * len(widths))
+    yield from stand_in(monkeypatch, gemm_beside.plan, gemm_sums.plan)
 
 
 def pieces(layout: Columns, outer: int, *, with_a: bool, chunks: int = 16, units: int = 128) -> Pieces | None:
@@ -69,11 +58,11 @@ def test_which_products_make_sums(rank, widths, rows, with_a, found):
     assert (made is not None) == found
     if found:
         beside = gemm_beside.plan(rows, sum(widths), 4096, columns(rank, *widths), False, False, torch.bfloat16, CPU)
-        assert made[0].grid == beside[0].grid and made[1] == beside[1]
-        assert made[0].constants["SUMS"] == 1 + with_a
+        assert made.launch.grid == beside.launch.grid and made.helpers == beside.helpers
+        assert made.launch.constants["SUMS"] == 1 + with_a
         names = [*gemm_sums.gemm_sums_kernel.arg_names]
-        assert tuple(names[: len(gemm_sums.OPERANDS)]) == gemm_sums.OPERANDS and len(made[0].describe) == len(gemm_sums.OPERANDS)
-        assert set(made[0].constants) < set(names)
+        assert tuple(names[: len(gemm_sums.OPERANDS)]) == gemm_sums.OPERANDS and len(made.launch.describe) == len(gemm_sums.OPERANDS)
+        assert set(made.launch.constants) < set(names)
 
 
 def test_chunks_are_counted_once_whether_or_not_the_kernel_compiles(monkeypatch):
@@ -83,7 +72,7 @@ def test_chunks_are_counted_once_whether_or_not_the_kernel_compiles(monkeypatch)
     total = TokenSum((2048, 16))
     chunks = chunks_of(rows, None, CPU)
     sums = Sums(chunks, torch.zeros(rows, 16, dtype=torch.bfloat16), Sink(total.total, total.stats[None], (total,)))
-    monkeypatch.setattr(gemm_sums, "plan", lambda *shape: (None, 4, Pieces(16, 1, 1, 1, 1)))
+    monkeypatch.setattr(gemm_sums, "plan", lambda *shape: gemm_sums.Plan(None, 4, Pieces(16, 1, 1, 1, 1)))
     monkeypatch.setattr(project_beside, "words", lambda device: torch.zeros(1, dtype=torch.int32))
     seen = []
     for done, counted in ((False, 0), (True, chunks.count)):

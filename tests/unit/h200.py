@@ -1,0 +1,30 @@
+"""An H200 for the plans of launches, on a machine without one, and layouts of rank columns to plan for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from fastlora.kernels import hopper, launch
+from fastlora.kernels.columns import Columns
+
+CPU = torch.device("cpu")
+QKV = (4096, 1024, 1024)
+
+
+def stand_in(monkeypatch, *plans: Callable) -> Iterator[None]:
+    """The body of a fixture: every device is an H200, on which no kernel has failed; ``plans``, kept by their arguments, forget."""
+    monkeypatch.setattr(hopper, "_refused", {})
+    monkeypatch.setattr(launch, "persistent_programs", lambda device: 132)
+    monkeypatch.setattr(launch, "arch_at", lambda device: "sm_90")
+    for plan in plans:
+        plan.cache_clear()
+    yield
+    for plan in plans:
+        plan.cache_clear()
+
+
+def columns(rank: int, *widths: int) -> Columns:
+    """Projections of these output features side by side, all of one rank."""
+    return Columns((rank,) * len(widths), tuple(sum(widths[:i]) for i in range(len(widths))), widths, (2.0,) * len(widths))
