@@ -2,7 +2,7 @@
 
 The product is that of gemm_specialized.py, the order of sums that of ``gemm.gemm_tma_kernel`` under dropout: each projection's rank-r
 product is a sum of its own, masked, scaled and added to the tile, a quarter of the columns at a time. Its blocks lie in the ring until all
-four quarters are done. The mask is that of tile.py, bit for bit. In Gluon (see hopper.py).
+four quarters are done. The masks are made while the product runs (gemm_mask.py). In Gluon (see hopper.py).
 """
 
 from __future__ import annotations
@@ -22,60 +22,23 @@ from fastlora.kernels.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from fastlora.kernels.tile import philox
 
 NAME = "GEMM with dropout"
 OPERANDS = ("d_x", "d_w", "d_s", "d_b", "d_y")
 
 
 if MISSING is None:
-    from fastlora.kernels.gemm_blocks import load_block, load_blocks, multiply_tile, quarters, tile_at
+    from fastlora.kernels.gemm_blocks import load_block, load_blocks, quarters, tile_at
+    from fastlora.kernels.gemm_mask import keep_quarter, multiply_tile_and_mask
     from fastlora.kernels.ring import leave, ring
-
-    # the same function, compiled for Gluon
-    philox_here = gluon.jit(philox.fn)
-
-    # A warpgroup's rows x groups of eight columns of a quarter: a thread makes the words of 2 rows x 2 groups, four threads those of a row.
-    MADE = gl.constexpr(
-        gl.DistributedLinearLayout([[8, 0], [0, 4]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 8])
-    )
-
-    @gluon.jit
-    def swap(b_left, b_right, b_upper, DISTANCE: gl.constexpr):
-        """Two threads at DISTANCE, of which b_upper tells the upper: the lower one's right for the upper one's left."""
-        b_given = gl.where(b_upper, b_left, b_right)
-        b_taken = gl.inline_asm_elementwise(
-            "shfl.sync.bfly.b32 $0, $1, " + DISTANCE + ", 0x1f, 0xffffffff;", "=r,r", [b_given], dtype=gl.uint32, is_pure=False, pack=1
-        )
-        return gl.where(b_upper, b_taken, b_left), gl.where(b_upper, b_right, b_taken)
-
-    @gluon.jit
-    def keep_quarter(b_low, b_high, n0, seed, threshold):
-        """Which of [64, 64] elements of a warpgroup's product dropout keeps: columns from n0 on, halves of the tokens' keys uint32 [64].
-
-        A thread needs of each group of its rows the word for two columns, and has all four words of one group in four: four threads
-        change them, as a transposed matrix of 4 x 4.
-        """
-        o_group = gl.arange(0, 8, gl.SliceLayout(0, MADE))
-        b_w0, b_w1, b_w2, b_w3 = philox_here(b_low[:, None], b_high[:, None], (n0 // 8 + o_group).to(gl.uint32)[None, :], seed)
-        b_odd, b_high_pair = ((o_group & 1) > 0)[None, :], ((o_group & 2) > 0)[None, :]
-        b_w0, b_w1 = swap(b_w0, b_w1, b_odd, "1")
-        b_w2, b_w3 = swap(b_w2, b_w3, b_odd, "1")
-        b_w0, b_w2 = swap(b_w0, b_w2, b_high_pair, "2")
-        b_w1, b_w3 = swap(b_w1, b_w3, b_high_pair, "2")
-        # now the thread of word k has it of the groups 0, 1, 2, 3 (and 4 to 7)
-        b_words = gl.reshape(gl.join(gl.join(b_w0, b_w2), gl.join(b_w1, b_w3)), (64, 2, 4, 4))
-        b_words = gl.reshape(gl.permute(b_words, (0, 1, 3, 2)), (64, 8, 4))
-        least = threshold.to(gl.uint32)
-        return gl.reshape(gl.join((b_words << 16) >= least, b_words >= least), (64, 64))
 
     @gluon.jit
     def add_dropped(
-        b_part, i_quarter: gl.constexpr, s_x, s_w, turn, b_low, b_high, n0, seed0, seed1, seed2, threshold, keep_scale, count,
+        b_part, i_quarter: gl.constexpr, s_x, s_w, turn, b_0, b_1, b_2, b_3, b_4, b_5, keep_scale, count,
         HALF: gl.constexpr, PLACES: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr,
     ):  # fmt: skip
         """b_part [64, 64], a quarter of a warpgroup's tile, plus D'(s b') of each of ``count`` projections, whose blocks fill PLACES of the ring
-        each from ``turn`` on, DEPTH rank columns a place."""
+        each from ``turn`` on, DEPTH rank columns a place; b_0 to b_5: the words of their masks."""
         layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
         for i_p in range(count):
             b_product = gl.zeros((64, 64), gl.float32, layout)
@@ -85,39 +48,28 @@ if MISSING is None:
                 b_b = s_w.index(stage).slice(0, DEPTH, dim=0).slice(i_quarter * 64, 64, dim=1)
                 b_product = warpgroup_mma(b_s, b_b, b_product, is_async=True)
             b_product = warpgroup_mma_wait(0, deps=[b_product])
-            seed = gl.where(i_p == 0, seed0, gl.where(i_p == 1, seed1, seed2))
-            b_keep = gl.convert_layout(keep_quarter(b_low, b_high, n0 + i_quarter * 64, seed, threshold), b_part.type.layout)
+            b_first = gl.where(i_p == 0, b_0, gl.where(i_p == 1, b_2, b_4))
+            b_last = gl.where(i_p == 0, b_1, gl.where(i_p == 1, b_3, b_5))
+            b_keep = gl.convert_layout(keep_quarter(b_first, b_last, i_quarter), b_part.type.layout)
             b_part += gl.where(b_keep, gl.convert_layout(b_product, b_part.type.layout) * keep_scale, 0.0)
         return b_part
 
     @gluon.jit
     def add_rank_blocks(
-        b_acc, s_x, s_w, full, empty, turn, p_token, m0, n0, M, seed0, seed1, seed2, threshold, keep_scale, count,
+        b_acc, s_x, s_w, full, empty, turn, b_0, b_1, b_2, b_3, b_4, b_5, keep_scale, count,
         HALF: gl.constexpr, PLACES: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr,
     ):  # fmt: skip
-        """The quarters of b_acc [64, 256] plus D'(s b'), rows from m0 on, and the ring's turn after its blocks."""
-        o_m = m0 + gl.arange(0, 64, gl.SliceLayout(1, MADE))
-        b_token = gl.load(p_token + o_m, mask=o_m < M, other=0)
-        b_low = (b_token & 0xFFFFFFFF).to(gl.uint32)
-        b_high = ((b_token >> 32) & 0xFFFFFFFF).to(gl.uint32)
+        """The quarters of b_acc [64, 256] plus D'(s b'), and the ring's turn after its blocks."""
         for i in range(count * PLACES):
             mbarrier.wait(full.index((turn + i) % STAGES), ((turn + i) // STAGES) & 1)
-        b_0, b_1, b_2, b_3 = quarters(b_acc, 64, 256)
-        b_0 = add_dropped(
-            b_0, 0, s_x, s_w, turn, b_low, b_high, n0, seed0, seed1, seed2, threshold, keep_scale, count, HALF, PLACES, DEPTH, STAGES
-        )
-        b_1 = add_dropped(
-            b_1, 1, s_x, s_w, turn, b_low, b_high, n0, seed0, seed1, seed2, threshold, keep_scale, count, HALF, PLACES, DEPTH, STAGES
-        )
-        b_2 = add_dropped(
-            b_2, 2, s_x, s_w, turn, b_low, b_high, n0, seed0, seed1, seed2, threshold, keep_scale, count, HALF, PLACES, DEPTH, STAGES
-        )
-        b_3 = add_dropped(
-            b_3, 3, s_x, s_w, turn, b_low, b_high, n0, seed0, seed1, seed2, threshold, keep_scale, count, HALF, PLACES, DEPTH, STAGES
-        )
+        b_q0, b_q1, b_q2, b_q3 = quarters(b_acc, 64, 256)
+        b_q0 = add_dropped(b_q0, 0, s_x, s_w, turn, b_0, b_1, b_2, b_3, b_4, b_5, keep_scale, count, HALF, PLACES, DEPTH, STAGES)
+        b_q1 = add_dropped(b_q1, 1, s_x, s_w, turn, b_0, b_1, b_2, b_3, b_4, b_5, keep_scale, count, HALF, PLACES, DEPTH, STAGES)
+        b_q2 = add_dropped(b_q2, 2, s_x, s_w, turn, b_0, b_1, b_2, b_3, b_4, b_5, keep_scale, count, HALF, PLACES, DEPTH, STAGES)
+        b_q3 = add_dropped(b_q3, 3, s_x, s_w, turn, b_0, b_1, b_2, b_3, b_4, b_5, keep_scale, count, HALF, PLACES, DEPTH, STAGES)
         for i in range(count * PLACES):
             mbarrier.arrive(empty.index((turn + i) % STAGES))
-        return b_0, b_1, b_2, b_3, turn + count * PLACES
+        return b_q0, b_q1, b_q2, b_q3, turn + count * PLACES
 
     @gluon.jit
     def load_tiles(
@@ -148,12 +100,13 @@ if MISSING is None:
             i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
             m0 = i_m * BM + HALF * (BM // 2)
             n0 = i_n * BN
-            b_acc, turn = multiply_tile(s_x, s_w, full, empty, turn, HALF, K, 0, BM, BN, BK, STAGES, False)
-            b_0, b_1, b_2, b_3, turn = add_rank_blocks(
-                b_acc, s_x, s_w, full, empty, turn, p_token, m0, n0, M, seed0, seed1, seed2, threshold, keep_scale, count,
-                HALF, PLACES, DEPTH, STAGES,
+            b_acc, turn, b_0, b_1, b_2, b_3, b_4, b_5 = multiply_tile_and_mask(
+                s_x, s_w, full, empty, turn, p_token, m0, n0, M, seed0, seed1, seed2, threshold, count, HALF, K, BM, BN, BK, STAGES
             )
-            b_parts = (b_0, b_1, b_2, b_3)
+            b_q0, b_q1, b_q2, b_q3, turn = add_rank_blocks(
+                b_acc, s_x, s_w, full, empty, turn, b_0, b_1, b_2, b_3, b_4, b_5, keep_scale, count, HALF, PLACES, DEPTH, STAGES
+            )
+            b_parts = (b_q0, b_q1, b_q2, b_q3)
             for i_quarter in gl.static_range(4):
                 leave(b_parts[i_quarter], d_y, s_y.index(HALF * 2 + i_quarter % 2), m0, n0 + i_quarter * (BN // 4), 1)
         tma.store_wait(0)

@@ -38,6 +38,7 @@ NAME = "GEMM with a gate"
 if MISSING is None:
     from fastlora.kernels.gemm_blocks import load_block, load_blocks, load_halves, multiply_tile, quarters, tile_at
     from fastlora.kernels.gemm_dropout import add_rank_blocks
+    from fastlora.kernels.gemm_mask import multiply_tile_and_mask
     from fastlora.kernels.ring import claim, leave, ring
 
     # the same function, compiled for Gluon
@@ -132,13 +133,15 @@ if MISSING is None:
         for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
             i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
             m0 = i_m * BM + HALF * (BM // 2)
-            b_acc, turn = multiply_tile(s_x, s_w, full, empty, turn, HALF, K, R, BM, BN, BK, STAGES, False)
             if PLACES > 0:
+                b_acc, turn, b_first, b_last, b_2, b_3, b_4, b_5 = multiply_tile_and_mask(
+                    s_x, s_w, full, empty, turn, p_token, m0, i_n * BN, M, seed, seed, seed, threshold, count, HALF, K, BM, BN, BK, STAGES
+                )
                 b_0, b_1, b_2, b_3, turn = add_rank_blocks(
-                    b_acc, s_x, s_w, full, empty, turn, p_token, m0, i_n * BN, M, seed, seed, seed, threshold, keep_scale, count,
-                    HALF, PLACES, DEPTH, STAGES,
-                )  # fmt: skip
+                    b_acc, s_x, s_w, full, empty, turn, b_first, b_last, b_2, b_3, b_4, b_5, keep_scale, count, HALF, PLACES, DEPTH, STAGES
+                )
             else:
+                b_acc, turn = multiply_tile(s_x, s_w, full, empty, turn, HALF, K, R, BM, BN, BK, STAGES, False)
                 b_0, b_1, b_2, b_3 = quarters(b_acc, BM // 2, BN)
             b_parts = (b_0, b_1, b_2, b_3)
             for i_part in gl.static_range(4):
