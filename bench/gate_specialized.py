@@ -31,9 +31,9 @@ GLU = {f"gemm_glu_{activation}": activation for activation in ("silu", "gelu", "
 BESIDE = "gemm_beside"
 # The backward's with dS and sums over tokens in its launch: dB, and dA.
 SUMS = {"gemm_sums_b": False, "gemm_sums": True}
-# The backward's with dropout in its epilogue.
-DROPOUT = "gemm_dropout"
-OPERATIONS = (*GEMM, BESIDE, *SUMS, DROPOUT, *GLU, *ATTENTION)
+# The backward's with dropout in its epilogue, and with dS in its launch.
+DROPOUT = {"gemm_dropout": False, "gemm_dropout_beside": True}
+OPERATIONS = (*GEMM, BESIDE, *SUMS, *DROPOUT, *GLU, *ATTENTION)
 
 
 def build_arguments(case, element: str, layout):
@@ -47,7 +47,7 @@ def build_arguments(case, element: str, layout):
         return _attention(case, element, block)
     if case.operation in GLU:
         return _glu(case, block, layout)
-    if case.operation == DROPOUT:
+    if case.operation in DROPOUT:
         return _dropout(case, block, layout)
     transposed = case.transposed and case.operation not in SUMS
     n, k = (case.outer, case.inner) if transposed else (case.inner, case.outer)
@@ -90,8 +90,13 @@ def _dropout(case, block, layout):
     signature = {which: block(*size) for which, size in gemm_specialized.blocks_of(tile, transposed=False).items()}
     signature |= dict.fromkeys(("seed0", "seed1", "seed2", "threshold"), "i64")
     signature |= {"p_token": "*i64", "M": "i32", "keep_scale": "fp32", "count": "i32"}
+    beside = DROPOUT[case.operation]
+    low = project_beside.low_of(layout, case.outer, case.dtype, case.arch, transposed=False, whole=True)
+    element = signature["p_low"] = f"*{'bf16' if case.dtype == torch.bfloat16 else 'fp16'}"
+    signature |= {"d_f": block(tile.bk, low.columns) if beside else element, "p_scale": "*fp32", "p_ready": "*i32", "helpers": "i32"}
     constants = dict(
-        N=case.inner, K=case.outer, PLACES=places, DEPTH=depth, BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group,
+        N=case.inner, K=case.outer, PLACES=places, DEPTH=depth, BESIDE=beside, LR=layout.columns, **low.constants(),
+        BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group,
     )  # fmt: skip
     return gemm_dropout.gemm_dropout_kernel, tile, signature, constants
 
@@ -141,9 +146,9 @@ def all_cases(make) -> list:
     cases += [make(BESIDE, "sm_90", torch.float16), *(make(BESIDE, "sm_90", rank=64, outer=6144, count=3, transposed=side) for side in (True, False))]
     cases += [make(sums, "sm_90", rank=rank, outer=6144, count=3, transposed=False) for sums in SUMS for rank in (16, 64)]
     cases += [make("gemm_sums", "sm_90", torch.float16, transposed=False)]
-    cases += [make(DROPOUT, "sm_90", rank=rank, transposed=False, dropout=True) for rank in (16, 128)]
-    cases += [make(DROPOUT, "sm_90", rank=64, outer=6144, count=3, transposed=False, dropout=True)]
-    cases += [make(DROPOUT, "sm_90", torch.float16, transposed=False, dropout=True)]
+    cases += [make("gemm_dropout", "sm_90", rank=rank, transposed=False, dropout=True) for rank in (16, 128)]
+    cases += [make(dropped, "sm_90", rank=64, outer=6144, count=3, transposed=False, dropout=True) for dropped in DROPOUT]
+    cases += [make(dropped, "sm_90", torch.float16, transposed=False, dropout=True) for dropped in DROPOUT]
     cases += [make("gemm_glu_silu", "sm_90", outer=14336, rank=rank, transposed=False, dropout=True) for rank in (16, 128)]
     cases += [make(narrow, "sm_90", transposed=side) for narrow in GEMM if narrow != "gemm_specialized" for side in (True, False)]
     cases += [make("gemm_glu_silu", "sm_90", outer=14336, rank=rank, transposed=side) for rank in (16, 128) for side in (True, False)]

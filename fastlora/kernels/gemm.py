@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels import gemm_dropout, gemm_specialized, launch
+from fastlora.kernels.columns import single
 from fastlora.kernels.tile import grouped_tile, keep_mask_of_product
 
 
@@ -191,10 +192,8 @@ def gemm(x, weight, s=None, b=None, bias=None, *, transposed, dropout=None, layo
     if dropout is None:
         if gemm_specialized.run(x, weight, s, b, bias, out, transposed=transposed, layout=layout):
             return out
-    elif not transposed and bias is None:
-        padded = stored // count if layout is None else layout.padded
-        if gemm_dropout.run(x, weight, s, b, out, dropout, padded):
-            return out
+    elif not transposed and bias is None and gemm_dropout.run(x, weight, s, b, out, dropout, layout or single(stored, inner, 1.0)):
+        return out
     drop = launch.dropout_arguments(dropout, x)
     made = _plan(rows, inner, outer, stored, layout, transposed, bias is not None, count, x.dtype, x.device)
     made(

@@ -14,8 +14,6 @@ from fastlora.kernels.hopper import MISSING, attempt, describe, gl, gluon, reint
 from fastlora.kernels.project import project_rest
 
 NAME = "GEMM with S"
-# Multiplications from which on it is asked whether tiles leave room: a smaller product has few tiles, and its call is bound by the host.
-LEAST = 2**32
 # The kernel's described tensors.
 OPERANDS = ("d_x", "d_w", "d_s", "d_b", "d_f", "d_y")
 
@@ -147,7 +145,7 @@ def run(x, weight, factor, other, bias, *, transposed: bool, layout):
     """
     rows, inner = x.shape
     outer = weight.shape[0] if transposed else weight.shape[1]
-    if rows * inner * outer < LEAST or not hopper.compiles(NAME):
+    if rows * inner * outer < project_beside.LEAST or not hopper.compiles(NAME):
         return None
     made = plan(rows, inner, outer, layout, transposed, bias is not None, x.dtype, x.device)
     ready = None if made is None else project_beside.words(x.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 
-from fastlora.kernels import hopper, launch
+from fastlora.kernels import hopper, launch, project_beside
 from fastlora.kernels.gemm_specialized import WIDEST, blocks_of
 from fastlora.kernels.hopper import (
     MISSING,
@@ -18,18 +18,20 @@ from fastlora.kernels.hopper import (
     gl,
     gluon,
     mbarrier,
+    reinterpret,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 NAME = "GEMM with dropout"
-OPERANDS = ("d_x", "d_w", "d_s", "d_b", "d_y")
+OPERANDS = ("d_x", "d_w", "d_s", "d_b", "d_f", "d_y")
 
 
 if MISSING is None:
     from fastlora.kernels.gemm_blocks import load_block, load_blocks, quarters, tile_at
     from fastlora.kernels.gemm_mask import keep_quarter, multiply_tile_and_mask
+    from fastlora.kernels.project_beside import await_low, load_low, multiply_low
     from fastlora.kernels.ring import leave, ring
 
     @gluon.jit
@@ -73,30 +75,50 @@ if MISSING is None:
 
     @gluon.jit
     def load_tiles(
-        d_x, d_w, d_s, d_b, s_x, s_w, full, empty, num_m, count,
-        N: gl.constexpr, K: gl.constexpr, PLACES: gl.constexpr, DEPTH: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-        BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+        d_x, d_w, d_s, d_b, d_f, p_ready, s_x, s_w, s_rows, s_f, full, empty, num_m, count, helpers,
+        N: gl.constexpr, K: gl.constexpr, PLACES: gl.constexpr, DEPTH: gl.constexpr, BESIDE: gl.constexpr, S0: gl.constexpr, S1: gl.constexpr,
+        S2: gl.constexpr, F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, BM: gl.constexpr,
+        BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, DEEP: gl.constexpr, GROUP: gl.constexpr,
     ):  # fmt: skip
-        """The loading warp: every block of every tile of this program; a projection's rank columns begin a place of the ring."""
+        """The loading warp: every block of every tile of this program; a projection's rank columns begin a place of the ring. BESIDE: the
+        first ``helpers`` programs make s (project_beside.py)."""
         num_n: gl.constexpr = (N + BN - 1) // BN
+        if BESIDE:  # noqa: SIM102 - decided when compiled, the other when run
+            if gl.program_id(0) < helpers:
+                load_low(d_x, d_f, s_rows, s_f, full, empty, num_m, helpers, S0, S1, S2, F0, F1, F2, GROUPS, C, BM, BK, DEEP, False)
         turn = 0
-        for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+        for tile in range(first_tile(num_m * num_n, helpers), num_m * num_n, gl.num_programs(0) - helpers):
             i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
             turn = load_blocks(d_x, d_w, s_x, s_w, full, empty, turn, i_m * BM, i_n * BN, 0, K, BM, BN, BK, STAGES, False)
+            if BESIDE:
+                await_low(p_ready, i_m, num_n)
             for i in range(count * PLACES):
                 load_block(d_s, d_b, s_x, s_w, full, empty, turn, i_m * BM, i_n * BN, i * DEPTH, BM, BN, BK, STAGES, False)
                 turn += 1
 
     @gluon.jit
+    def first_tile(tiles, helpers):
+        """The first tile of this program; of one that makes s none."""
+        return gl.where(gl.program_id(0) < helpers, tiles, gl.program_id(0) - helpers)
+
+    @gluon.jit
     def multiply_tiles(
-        HALF: gl.constexpr, p_token, d_y, s_x, s_w, s_y, full, empty, num_m, M, seed0, seed1, seed2, threshold, keep_scale, count,
-        N: gl.constexpr, K: gl.constexpr, PLACES: gl.constexpr, DEPTH: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-        BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+        HALF: gl.constexpr, p_token, d_y, p_low, p_scale, p_ready, s_x, s_w, s_rows, s_f, s_y, full, empty, num_m, M, seed0, seed1, seed2,
+        threshold, keep_scale, count, helpers,
+        N: gl.constexpr, K: gl.constexpr, PLACES: gl.constexpr, DEPTH: gl.constexpr, BESIDE: gl.constexpr, LR: gl.constexpr,
+        SUM: gl.constexpr, F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, BM: gl.constexpr,
+        BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, DEEP: gl.constexpr, GROUP: gl.constexpr,
     ):  # fmt: skip
-        """A multiplying warpgroup: the upper (HALF = 0) or lower rows of every tile of this program."""
+        """A multiplying warpgroup: the upper (HALF = 0) or lower rows of every tile of this program, or of its rows of s."""
         num_n: gl.constexpr = (N + BN - 1) // BN
+        if BESIDE:  # noqa: SIM102 - decided when compiled, the other when run
+            if gl.program_id(0) < helpers:
+                multiply_low(
+                    HALF, p_low, p_scale, p_ready, s_rows, s_f, full, empty, num_m, helpers, M,
+                    LR, SUM, F0, F1, F2, GROUPS, C, BM, BK, DEEP, False,
+                )  # fmt: skip
         turn = 0
-        for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+        for tile in range(first_tile(num_m * num_n, helpers), num_m * num_n, gl.num_programs(0) - helpers):
             i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
             m0 = i_m * BM + HALF * (BM // 2)
             n0 = i_n * BN
@@ -111,31 +133,44 @@ if MISSING is None:
                 leave(b_parts[i_quarter], d_y, s_y.index(HALF * 2 + i_quarter % 2), m0, n0 + i_quarter * (BN // 4), 1)
         tma.store_wait(0)
 
-    @gluon.jit(do_not_specialize=["M", "seed0", "seed1", "seed2", "threshold", "count"])
+    @gluon.jit(do_not_specialize=["M", "seed0", "seed1", "seed2", "threshold", "count", "helpers"])
     def gemm_dropout_kernel(
-        d_x, d_w, d_s, d_b, d_y, p_token, M, seed0: gl.int64, seed1: gl.int64, seed2: gl.int64, threshold: gl.int64, keep_scale, count,
-        N: gl.constexpr, K: gl.constexpr, PLACES: gl.constexpr, DEPTH: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-        BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+        d_x, d_w, d_s, d_b, d_f, d_y, p_low, p_scale, p_ready, p_token, M, seed0: gl.int64, seed1: gl.int64, seed2: gl.int64,
+        threshold: gl.int64, keep_scale, count, helpers,
+        N: gl.constexpr, K: gl.constexpr, PLACES: gl.constexpr, DEPTH: gl.constexpr, BESIDE: gl.constexpr, LR: gl.constexpr,
+        SUM: gl.constexpr, S0: gl.constexpr, S1: gl.constexpr, S2: gl.constexpr, F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr,
+        GROUPS: gl.constexpr, C: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+        GROUP: gl.constexpr,
     ):  # fmt: skip
         """d_x [M, K]; d_w [K, N]; d_s [M, LR]; d_b [LR, N]; d_y [M, N]: descriptors as of ``gemm_specialized_kernel``. The columns of each
-        of ``count`` projections, told as the program runs or the compiler would spill, fill PLACES blocks of DEPTH. p_token int64 [M]; seeds, threshold and scale as of :class:`fastlora.kernels.launch.Dropout`."""
+        of ``count`` projections, told as the program runs or the compiler would spill, fill PLACES blocks of DEPTH. p_token int64 [M]; seeds,
+        threshold and scale as of :class:`fastlora.kernels.launch.Dropout`. BESIDE: s is made too; d_f, p_low, p_scale, p_ready as of
+        ``gemm_beside_kernel``."""
         s_x = gl.allocate_shared_memory(d_x.dtype, [STAGES * 2, BM // 2, BK], d_x.layout)
         s_w = gl.allocate_shared_memory(d_w.dtype, [STAGES, BK, BN], d_w.layout)
+        DEEP: gl.constexpr = STAGES * BN // BM
+        s_rows, s_f = s_w, s_x
+        if BESIDE:
+            s_rows = reinterpret(s_w, d_x.dtype, [DEEP * 2, BM // 2, BK], d_x.layout)
+            s_f = reinterpret(s_x, d_f.dtype, [STAGES * BM // C, BK, C], d_f.layout)
         s_y = gl.allocate_shared_memory(d_y.dtype, [4, BM // 2, BN // 4], d_y.layout)
-        full, empty = ring(STAGES, 1), ring(STAGES, 2)
+        full, empty = ring(DEEP, 1), ring(DEEP, 2)
         num_m = (M + BM - 1) // BM
         gl.warp_specialize(
             [
                 (multiply_tiles, (
-                    0, p_token, d_y, s_x, s_w, s_y, full, empty, num_m, M, seed0, seed1, seed2, threshold, keep_scale, count,
-                    N, K, PLACES, DEPTH, BM, BN, BK, STAGES, GROUP,
+                    0, p_token, d_y, p_low, p_scale, p_ready, s_x, s_w, s_rows, s_f, s_y, full, empty, num_m, M, seed0, seed1, seed2,
+                    threshold, keep_scale, count, helpers,
+                    N, K, PLACES, DEPTH, BESIDE, LR, SUM, F0, F1, F2, GROUPS, C, BM, BN, BK, STAGES, DEEP, GROUP,
                 )),
                 (multiply_tiles, (
-                    1, p_token, d_y, s_x, s_w, s_y, full, empty, num_m, M, seed0, seed1, seed2, threshold, keep_scale, count,
-                    N, K, PLACES, DEPTH, BM, BN, BK, STAGES, GROUP,
+                    1, p_token, d_y, p_low, p_scale, p_ready, s_x, s_w, s_rows, s_f, s_y, full, empty, num_m, M, seed0, seed1, seed2,
+                    threshold, keep_scale, count, helpers,
+                    N, K, PLACES, DEPTH, BESIDE, LR, SUM, F0, F1, F2, GROUPS, C, BM, BN, BK, STAGES, DEEP, GROUP,
                 )),
                 (load_tiles, (
-                    d_x, d_w, d_s, d_b, s_x, s_w, full, empty, num_m, count, N, K, PLACES, DEPTH, BM, BN, BK, STAGES, GROUP,
+                    d_x, d_w, d_s, d_b, d_f, p_ready, s_x, s_w, s_rows, s_f, full, empty, num_m, count, helpers,
+                    N, K, PLACES, DEPTH, BESIDE, S0, S1, S2, F0, F1, F2, GROUPS, C, BM, BN, BK, STAGES, DEEP, GROUP,
                 )),
             ],
             [4, 1],
@@ -150,32 +185,55 @@ def places_of(count: int, padded: int, tile) -> tuple[int, int] | None:
 
 
 @functools.lru_cache(maxsize=1024)  # rows differ from step to step
-def plan(rows, inner, outer, stored, padded, count, dtype, device) -> launch.Launch | None:
-    """What a product's shape decides, or None where another kernel computes it; ``count`` projections of ``padded`` rank columns."""
+def plan(rows, inner, outer, layout, beside, dtype, device) -> tuple[launch.Launch, int] | None:
+    """(launch, programs of dS), or None where another kernel has to; ``beside``: dS is to be made in the launch too."""
     arch = launch.arch_at(device)
     if not (hopper.serves(arch) and launch.can_use_tma(arch, dtype, inner, outer)):
         return None
     tile = launch.gemm_specialized_tile(rows, outer, launch.persistent_programs(device))
-    places = places_of(count, padded, tile)
+    places = places_of(layout.count, layout.padded, tile)
     if tile.bn != WIDEST or places is None:
         return None
-    wide = {"d_x": inner, "d_w": outer, "d_s": stored, "d_b": outer, "d_y": outer}
-    blocks = blocks_of(tile, transposed=False)
-    made = tuple(launch.describer(dtype, wide[name], *blocks[name], describe) for name in OPERANDS)
+    low, helpers = project_beside.low_of(layout, inner, dtype, arch, transposed=False, whole=True), 0
+    if beside:
+        helpers = project_beside.helpers(low, rows, outer, tile, device, transposed=False)
+        if not helpers:
+            return None
+    wide = {"d_x": inner, "d_w": outer, "d_s": layout.columns, "d_b": outer, "d_f": layout.columns, "d_y": outer}
+    blocks = blocks_of(tile, transposed=False) | {"d_f": (tile.bk, low.columns)}
+    made = tuple(None if name == "d_f" and not beside else launch.describer(dtype, wide[name], *blocks[name], describe) for name in OPERANDS)
     tiles = launch.cdiv(rows, tile.bm) * launch.cdiv(outer, tile.bn)
     return launch.Launch(
-        gemm_dropout_kernel, (launch.even_programs(tiles, device),), tile, made,
-        N=outer, K=inner, PLACES=places[0], DEPTH=places[1], BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group,
-    )  # fmt: skip
+        gemm_dropout_kernel, (launch.even_programs(tiles, device) + helpers,), tile, made,
+        N=outer, K=inner, PLACES=places[0], DEPTH=places[1], BESIDE=beside, LR=layout.columns, **low.constants(),
+        BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group,
+    ), helpers  # fmt: skip
 
 
-def run(dy, weight, ds, a, out, dropout: launch.Dropout, padded: int) -> bool:
-    """out [M, K] = dy [M, N] weight [N, K] + D'(ds a), ``padded`` rank columns a projection; False: another kernel has to."""
-    if not hopper.compiles(NAME):
-        return False
+def run(dy, weight, ds, a, out, dropout: launch.Dropout, layout) -> bool:
+    """out [M, K] = dy [M, N] weight [N, K] + D'(ds a); False: another kernel has to."""
+    made = plan(*dy.shape, out.shape[1], layout, False, dy.dtype, dy.device) if hopper.compiles(NAME) else None
+    return made is not None and _launch(made, dy, weight, ds, a, a, out, ds, ds, ds, dropout)
+
+
+def run_with_low(dy, weight, b, a, dropout: launch.Dropout, layout):
+    """(dx [M, K] as of :func:`run`, ds [M, columns] of b [N, columns]) in one launch, or None where two kernels have to."""
     rows, inner = dy.shape
-    made = plan(rows, inner, out.shape[1], ds.shape[1], padded, len(dropout.seeds), dy.dtype, dy.device)
-    if made is None:
-        return False
+    outer = weight.shape[1]
+    if rows * inner * outer < project_beside.LEAST or not hopper.compiles(NAME):
+        return None
+    made = plan(rows, inner, outer, layout, True, dy.dtype, dy.device)
+    ready = None if made is None else project_beside.words(dy.device)
+    if ready is None:
+        return None
+    out, ds = launch.empty(dy, rows, outer), launch.empty(dy, rows, layout.columns)
+    done = _launch(made, dy, weight, ds, a, b, out, ds, layout.scale_of_columns(dy.device), ready, dropout)
+    return (out, ds) if done else None
+
+
+def _launch(made, dy, weight, ds, a, b, out, low, scales, ready, dropout: launch.Dropout) -> bool:
     drop = launch.dropout_arguments(dropout, dy)
-    return attempt(NAME, made, dy, weight, ds, a, out, drop.tokens, rows, *drop.seeds, drop.threshold, drop.keep_scale, len(dropout.seeds))
+    return attempt(
+        NAME, made[0], dy, weight, ds, a, b, out, low, scales, ready, drop.tokens, dy.shape[0], *drop.seeds, drop.threshold, drop.keep_scale,
+        len(dropout.seeds), made[1],
+    )  # fmt: skip

@@ -156,7 +156,7 @@ def run(dy, weight, b, a, layout, sums: Sums):
     """
     rows, inner = dy.shape
     outer = weight.shape[1]
-    if rows * weight.numel() < gemm_beside.LEAST or not compiles(NAME):
+    if rows * weight.numel() < project_beside.LEAST or not compiles(NAME):
         return None
     with_a = sums.x is not None
     made = plan(rows, inner, outer, layout, sums.chunks.count, with_a, dy.dtype, dy.device)

@@ -104,6 +104,8 @@ MOST_COLUMNS, MOST_COLUMNS_OF_S = 64, 128
 ROWS_A_TILE, ROWS_A_TILE_WIDE = 3, 2
 # Turns of the tiles up to which S is worth it: on an H200 a product of 28 turns took 10 % longer with it, of 8 and 12 no longer than without.
 MOST_TURNS = 16
+# Multiplications from which on it is asked whether tiles leave room: a smaller product has few tiles, and its call is bound by the host.
+LEAST = 2**32
 # Words of a stream, so the most rows of tiles; and streams that have words of their own.
 MOST_ROWS, MOST_STREAMS = 1024, 64
 # Words behind them, for sums_beside.py.
@@ -131,15 +133,16 @@ class Low:
         return dict(zip(("S0", "S1", "S2"), starts)) | dict(zip(("F0", "F1", "F2"), widths)) | dict(GROUPS=self.groups, C=self.columns, SUM=self.sum)
 
 
-def low_of(layout, inner: int, dtype: torch.dtype, arch: str, *, transposed: bool) -> Low:
-    """S of x [M, ``inner``] with ``transposed``, as project.py makes it, or its first columns; else dS of dY, as token_sum.py and project.py do."""
+def low_of(layout, inner: int, dtype: torch.dtype, arch: str, *, transposed: bool, whole: bool = False) -> Low:
+    """S of x [M, ``inner``] with ``transposed``, as project.py makes it, or its first columns; else dS of dY, as token_sum.py does at low
+    ranks and project.py at others or, ``whole``, at any."""
     if transposed:
         used = layout.count * layout.padded
         # of three projections whose columns are too many, the third's have a kernel of their own
         columns = used - layout.padded if layout.count == MOST and used > MOST_COLUMNS_OF_S else layout.columns
         return Low(columns, 1, (0,), (inner,), inner)
     most = max(layout.widths)
-    if layout.padded <= DS_IN_TOKEN_SUM_MAX_RANK:
+    if layout.padded <= DS_IN_TOKEN_SUM_MAX_RANK and not whole:
         most = launch.token_sum_tile(arch, dtype, layout.padded, with_ds=True, features=inner).bn
     return Low(layout.padded, layout.columns // layout.padded, layout.starts, layout.widths, most)
 

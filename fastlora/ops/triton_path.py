@@ -14,6 +14,7 @@ from fastlora.kernels.columns import single
 from fastlora.kernels.factors import copy_factors
 from fastlora.kernels.gemm import gemm
 from fastlora.kernels.gemm_beside import run as gemm_with_low
+from fastlora.kernels.gemm_dropout import run_with_low as gemm_dropout_with_low
 from fastlora.kernels.gemm_sums import run as gemm_with_sums
 from fastlora.kernels.launch import Dropout, arch_of, padded_rank
 from fastlora.kernels.project import project
@@ -104,6 +105,8 @@ def products_backward(dy, s, weight, a, b, layout, dropout, chunks, sink, beside
             made = gemm_with_low(dy, weight, b, a, None, transposed=False, layout=layout)
             if made is not None:
                 return *made, beside.add(_db, dy, s, layout, chunks, sink)
+        elif (made := gemm_dropout_with_low(dy, weight, b, a, dropout, layout)) is not None:
+            return *made, beside.add(_db, dy, s, layout, chunks, sink)
         ds, db = low_backward(dy, s, b, layout, dropout, chunks, sink, beside)
         return gemm(dy, weight, ds, a, transposed=False, dropout=dropout, layout=layout), ds, db
 

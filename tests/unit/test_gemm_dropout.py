@@ -16,6 +16,7 @@ if hopper.MISSING is not None:
     pytest.skip(f"this Triton has no Gluon: {hopper.MISSING}", allow_module_level=True)
 
 HALF = torch.bfloat16
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -38,10 +39,20 @@ def test_rank_columns_of_each_projection_begin_a_place_of_the_ring(count, padded
     ],
 )  # fmt: skip
 def test_which_products_it_serves(rows, inner, outer, padded, count, served):
-    made = gemm_dropout.plan(rows, inner, outer, 4 * padded, padded, count, HALF, torch.device("cpu"))
+    layout = Columns((padded,) * count, tuple(range(0, inner, inner // count))[:count], (inner // count,) * count, (1.0,) * count)
+    made = gemm_dropout.plan(rows, inner, outer, layout, False, HALF, CPU)
     assert (made is not None) is served
     if served:
-        assert made.grid[0] == launch.even_programs(64 * 16, torch.device("cpu")) == 128
+        assert made[0].grid[0] == launch.even_programs(64 * 16, CPU) == 128 and made[1] == 0
+
+
+def test_ds_is_made_in_its_launch_as_one_sum_at_every_rank():
+    layout = Columns((16, 16, 16), (0, 4096, 5120), (4096, 1024, 1024), (1.0,) * 3)
+    made, helpers = gemm_dropout.plan(8192, 6144, 4096, layout, True, HALF, CPU)
+    assert helpers == 4 and made.grid[0] == 132 and made.constants["BESIDE"] and made.constants["SUM"] == 4096
+    assert tuple(name for name in made.kernel.arg_names[:6]) == gemm_dropout.OPERANDS and len(made.describe) == 6
+    # every multiprocessor has a tile in every turn
+    assert gemm_dropout.plan(8448, 6144, 4096, layout, True, HALF, CPU) is None
 
 
 def dropout(rows: int, count: int) -> launch.Dropout:
@@ -62,8 +73,8 @@ def test_the_backward_takes_it_and_the_forward_does_not(monkeypatch, transposed)
         blocks = [list(one.block_shape) for one in made._described(arguments) if hasattr(one, "block_shape")]
         assert blocks == [[64, 64], [64, 256], [64, 64], [64, 256], [64, 64]]
         assert (made.constants["PLACES"], made.constants["DEPTH"]) == (1, 16)
-        # rows, a seed a projection and one for none, the threshold in the upper half of a word, scale, projections
-        assert arguments[6:] == (4096, 5, 6, 0, 6554 << 16, 1.1, 2)
+        # rows, a seed a projection and one for none, the threshold in the upper half of a word, scale, projections, programs of dS
+        assert arguments[10:] == (4096, 5, 6, 0, 6554 << 16, 1.1, 2, 0)
 
 
 def test_a_kernel_that_does_not_compile_leaves_the_product_to_the_portable_one(monkeypatch):
