@@ -123,7 +123,6 @@ if MISSING is None:
         pieces_a = pieces_b * 0
         if SUMS > 1:
             pieces_a += N // WIDE * GROUPS_A * runs_a
-        mbarrier.wait(idle.index(0), 0)  # the ring's memory has been read for the last time as the one of the product
         turn = 0
         taken = 0
         # dA waits for dS, so who is done with dS has dB first; the long pieces of dA are begun as soon as all are
@@ -146,6 +145,7 @@ if MISSING is None:
                     while stored < 2 * helpers:
                         stored = gl.load(p_words + STORED, volatile=True)
                     order_memory(piece)
+                    mbarrier.wait(idle.index(0), 0)
                     turn = load_run(d_x, d_ds, s_wide, s_ds, full, empty, turn, p_table, first, last, stop, M, feature, i_p * C_A, C_A, DEEP)
             else:
                 i_run, feature, i_p = place_of_b(piece, S0, S1, S2, F0, F1, F2)
@@ -154,8 +154,11 @@ if MISSING is None:
                 stop = gl.load(p_table + first + 1)
                 publish(s_piece, told, heard, taken, piece, first, last, stop)
                 taken += 1
+                # the first time: until the ring's memory has been read for the last time as the one of the product
+                mbarrier.wait(idle.index(0), 0)
                 turn = load_run(d_y, d_s, s_wide, s_s, full, empty, turn, p_table, first, last, stop, M, feature, i_p * C, C, DEEP)
         publish(s_piece, told, heard, taken, -1, 0, 0, 0)
+        mbarrier.wait(idle.index(0), 0)  # its warpgroups have added their word: nobody writes one later
         if add_word(p_words + LEFT, "acq_rel") == gl.num_programs(0) - 1:
             o_t = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
             gl.store(p_words + o_t, o_t * 0, mask=o_t < ALL)
