@@ -13,7 +13,9 @@ from fastlora.kernels import (
     gemm_specialized,
     gemm_sums,
     hopper,
+    masked,
     project_beside,
+    project_dropout,
     sums_beside,
     tables,
 )
@@ -33,7 +35,8 @@ BESIDE = "gemm_beside"
 SUMS = {"gemm_sums_b": False, "gemm_sums": True}
 # The backward's with dropout in its epilogue, and with dS in its launch.
 DROPOUT = {"gemm_dropout": False, "gemm_dropout_beside": True}
-OPERATIONS = (*GEMM, BESIDE, *SUMS, *DROPOUT, *GLU, *ATTENTION)
+S_DROPPED = "project_dropout"
+OPERATIONS = (S_DROPPED, *GEMM, BESIDE, *SUMS, *DROPOUT, *GLU, *ATTENTION)
 
 
 def build_arguments(case, element: str, layout):
@@ -45,6 +48,8 @@ def build_arguments(case, element: str, layout):
 
     if case.operation in ATTENTION:
         return _attention(case, element, block)
+    if case.operation == S_DROPPED:
+        return _s_dropped(case, element, block, layout)
     if case.operation in GLU:
         return _glu(case, block, layout)
     if case.operation in DROPOUT:
@@ -88,8 +93,7 @@ def _dropout(case, block, layout):
     tile = tables.GEMM_SPECIALIZED[-1]
     places, depth = gemm_dropout.places_of(layout.count, layout.padded, tile)
     signature = {which: block(*size) for which, size in gemm_specialized.blocks_of(tile, transposed=False).items()}
-    signature |= dict.fromkeys(("seed0", "seed1", "seed2", "threshold"), "i64")
-    signature |= {"p_token": "*i64", "M": "i32", "keep_scale": "fp32", "count": "i32"}
+    signature |= {"p_bits": "*i32", "M": "i32", "keep_scale": "fp32", "count": "i32"}
     beside = DROPOUT[case.operation]
     low = project_beside.low_of(layout, case.outer, case.dtype, case.arch, transposed=False, whole=True)
     element = signature["p_low"] = f"*{'bf16' if case.dtype == torch.bfloat16 else 'fp16'}"
@@ -101,6 +105,14 @@ def _dropout(case, block, layout):
     return gemm_dropout.gemm_dropout_kernel, tile, signature, constants
 
 
+def _s_dropped(case, element: str, block, layout):
+    made = project_dropout.constants_of(case.inner, layout, case.dtype)
+    edge = masked.BLOCK
+    signature = {"d_x": block(edge, edge), "d_a": block(layout.padded, edge), "p_s": element, "p_scale": "*fp32", "p_token": "*i64"}
+    signature |= {"M": "i32", "keep_scale": "fp32"} | dict.fromkeys(("seed0", "seed1", "seed2", "threshold"), "i64")
+    return project_dropout.project_dropout_kernel, project_dropout.tile_of(made["STAGES"]), signature, made
+
+
 def _glu(case, block, layout):
     """The forward where ``transposed``, gate and up with an adapter each; else the backward."""
     tile = tables.GEMM_SPECIALIZED[-1]
@@ -109,7 +121,7 @@ def _glu(case, block, layout):
     signature = {which: block(*size) for which, size in gemm_glu.blocks_of(tile, forward=case.transposed).items()} | {"M": "i32"}
     dropout = {}
     if not case.transposed:
-        signature |= {"p_token": "*i64", "seed": "i64", "threshold": "i64", "keep_scale": "fp32", "count": "i32"}
+        signature |= {"p_bits": "*i32", "keep_scale": "fp32", "count": "i32"}
         places = gemm_dropout.places_of(1, layout.padded, tile) if case.dropout else (0, tile.bk)
         dropout, rank = dict(zip(("PLACES", "DEPTH"), places)), 0 if case.dropout else rank
     constants = dict(
@@ -146,6 +158,8 @@ def all_cases(make) -> list:
     cases += [make(BESIDE, "sm_90", torch.float16), *(make(BESIDE, "sm_90", rank=64, outer=6144, count=3, transposed=side) for side in (True, False))]
     cases += [make(sums, "sm_90", rank=rank, outer=6144, count=3, transposed=False) for sums in SUMS for rank in (16, 64)]
     cases += [make("gemm_sums", "sm_90", torch.float16, transposed=False)]
+    cases += [make(S_DROPPED, "sm_90", rank=rank, outer=6144, count=count, dropout=True) for rank, count in ((16, 1), (16, 3), (64, 3), (128, 1))]
+    cases += [make(S_DROPPED, "sm_90", torch.float16, dropout=True)]
     cases += [make("gemm_dropout", "sm_90", rank=rank, transposed=False, dropout=True) for rank in (16, 128)]
     cases += [make(dropped, "sm_90", rank=64, outer=6144, count=3, transposed=False, dropout=True) for dropped in DROPOUT]
     cases += [make(dropped, "sm_90", torch.float16, transposed=False, dropout=True) for dropped in DROPOUT]

@@ -2,7 +2,7 @@
 
 The product is that of gemm_specialized.py, the order of sums that of ``gemm.gemm_tma_kernel`` under dropout: each projection's rank-r
 product is a sum of its own, masked, scaled and added to the tile, a quarter of the columns at a time. Its blocks lie in the ring until all
-four quarters are done. The masks are made while the product runs (gemm_mask.py). In Gluon (see hopper.py).
+four quarters are done. The masks are read as bits (gemm_mask.py). In Gluon (see hopper.py).
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ from fastlora.kernels.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from fastlora.kernels.masks import masks
 
 NAME = "GEMM with dropout"
 OPERANDS = ("d_x", "d_w", "d_s", "d_b", "d_f", "d_y")
 
 
 if MISSING is None:
-    from fastlora.kernels.gemm_blocks import load_block, load_blocks, quarters, tile_at
-    from fastlora.kernels.gemm_mask import keep_quarter, multiply_tile_and_mask
+    from fastlora.kernels.gemm_blocks import load_block, load_blocks, multiply_tile, quarters, tile_at
+    from fastlora.kernels.gemm_mask import keep_quarter, read_mask, words_of_quarters
     from fastlora.kernels.project_beside import await_low, load_low, multiply_low
     from fastlora.kernels.ring import leave, ring
 
     @gluon.jit
     def add_dropped(
-        b_part, i_quarter: gl.constexpr, s_x, s_w, turn, b_0, b_1, b_2, b_3, b_4, b_5, keep_scale, count,
+        b_part, i_quarter: gl.constexpr, s_x, s_w, turn, b_0, b_1, b_2, keep_scale, count,
         HALF: gl.constexpr, PLACES: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr,
     ):  # fmt: skip
         """b_part [64, 64], a quarter of a warpgroup's tile, plus D'(s b') of each of ``count`` projections, whose blocks fill PLACES of the ring
-        each from ``turn`` on, DEPTH rank columns a place; b_0 to b_5: the words of their masks."""
+        each from ``turn`` on, DEPTH rank columns a place; b_0 to b_2: the words of their masks."""
         layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
         for i_p in range(count):
             b_product = gl.zeros((64, 64), gl.float32, layout)
@@ -50,25 +51,35 @@ if MISSING is None:
                 b_b = s_w.index(stage).slice(0, DEPTH, dim=0).slice(i_quarter * 64, 64, dim=1)
                 b_product = warpgroup_mma(b_s, b_b, b_product, is_async=True)
             b_product = warpgroup_mma_wait(0, deps=[b_product])
-            b_first = gl.where(i_p == 0, b_0, gl.where(i_p == 1, b_2, b_4))
-            b_last = gl.where(i_p == 0, b_1, gl.where(i_p == 1, b_3, b_5))
-            b_keep = gl.convert_layout(keep_quarter(b_first, b_last, i_quarter), b_part.type.layout)
+            b_words = gl.where(i_p == 0, b_0, gl.where(i_p == 1, b_1, b_2))
+            b_keep = gl.convert_layout(keep_quarter(b_words), b_part.type.layout)
             b_part += gl.where(b_keep, gl.convert_layout(b_product, b_part.type.layout) * keep_scale, 0.0)
         return b_part
 
     @gluon.jit
+    def read_masks(p_bits, m0, n0, M, count, BLOCKS: gl.constexpr):
+        """The words of three masks, zeros behind the ``count``-th."""
+        return (
+            read_mask(p_bits, 0, m0, n0, M, True, BLOCKS), read_mask(p_bits, 1, m0, n0, M, count > 1, BLOCKS),
+            read_mask(p_bits, 2, m0, n0, M, count > 2, BLOCKS),
+        )  # fmt: skip
+
+    @gluon.jit
     def add_rank_blocks(
-        b_acc, s_x, s_w, full, empty, turn, b_0, b_1, b_2, b_3, b_4, b_5, keep_scale, count,
+        b_acc, s_x, s_w, full, empty, turn, b_mask0, b_mask1, b_mask2, keep_scale, count,
         HALF: gl.constexpr, PLACES: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr,
     ):  # fmt: skip
-        """The quarters of b_acc [64, 256] plus D'(s b'), and the ring's turn after its blocks."""
+        """The quarters of b_acc [64, 256] plus D'(s b') with the masks of :func:`read_masks`, and the ring's turn after its blocks."""
         for i in range(count * PLACES):
             mbarrier.wait(full.index((turn + i) % STAGES), ((turn + i) // STAGES) & 1)
         b_q0, b_q1, b_q2, b_q3 = quarters(b_acc, 64, 256)
-        b_q0 = add_dropped(b_q0, 0, s_x, s_w, turn, b_0, b_1, b_2, b_3, b_4, b_5, keep_scale, count, HALF, PLACES, DEPTH, STAGES)
-        b_q1 = add_dropped(b_q1, 1, s_x, s_w, turn, b_0, b_1, b_2, b_3, b_4, b_5, keep_scale, count, HALF, PLACES, DEPTH, STAGES)
-        b_q2 = add_dropped(b_q2, 2, s_x, s_w, turn, b_0, b_1, b_2, b_3, b_4, b_5, keep_scale, count, HALF, PLACES, DEPTH, STAGES)
-        b_q3 = add_dropped(b_q3, 3, s_x, s_w, turn, b_0, b_1, b_2, b_3, b_4, b_5, keep_scale, count, HALF, PLACES, DEPTH, STAGES)
+        b_00, b_01, b_02, b_03 = words_of_quarters(b_mask0)
+        b_10, b_11, b_12, b_13 = words_of_quarters(b_mask1)
+        b_20, b_21, b_22, b_23 = words_of_quarters(b_mask2)
+        b_q0 = add_dropped(b_q0, 0, s_x, s_w, turn, b_00, b_10, b_20, keep_scale, count, HALF, PLACES, DEPTH, STAGES)
+        b_q1 = add_dropped(b_q1, 1, s_x, s_w, turn, b_01, b_11, b_21, keep_scale, count, HALF, PLACES, DEPTH, STAGES)
+        b_q2 = add_dropped(b_q2, 2, s_x, s_w, turn, b_02, b_12, b_22, keep_scale, count, HALF, PLACES, DEPTH, STAGES)
+        b_q3 = add_dropped(b_q3, 3, s_x, s_w, turn, b_03, b_13, b_23, keep_scale, count, HALF, PLACES, DEPTH, STAGES)
         for i in range(count * PLACES):
             mbarrier.arrive(empty.index((turn + i) % STAGES))
         return b_q0, b_q1, b_q2, b_q3, turn + count * PLACES
@@ -103,8 +114,7 @@ if MISSING is None:
 
     @gluon.jit
     def multiply_tiles(
-        HALF: gl.constexpr, p_token, d_y, p_low, p_scale, p_ready, s_x, s_w, s_rows, s_f, s_y, full, empty, num_m, M, seed0, seed1, seed2,
-        threshold, keep_scale, count, helpers,
+        HALF: gl.constexpr, p_bits, d_y, p_low, p_scale, p_ready, s_x, s_w, s_rows, s_f, s_y, full, empty, num_m, M, keep_scale, count, helpers,
         N: gl.constexpr, K: gl.constexpr, PLACES: gl.constexpr, DEPTH: gl.constexpr, BESIDE: gl.constexpr, LR: gl.constexpr,
         SUM: gl.constexpr, F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, BM: gl.constexpr,
         BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, DEEP: gl.constexpr, GROUP: gl.constexpr,
@@ -122,29 +132,27 @@ if MISSING is None:
             i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
             m0 = i_m * BM + HALF * (BM // 2)
             n0 = i_n * BN
-            b_acc, turn, b_0, b_1, b_2, b_3, b_4, b_5 = multiply_tile_and_mask(
-                s_x, s_w, full, empty, turn, p_token, m0, n0, M, seed0, seed1, seed2, threshold, count, HALF, K, BM, BN, BK, STAGES
-            )
+            b_mask0, b_mask1, b_mask2 = read_masks(p_bits, m0, n0, M, count, (N + 63) // 64)
+            b_acc, turn = multiply_tile(s_x, s_w, full, empty, turn, HALF, K, 0, BM, BN, BK, STAGES, False)
             b_q0, b_q1, b_q2, b_q3, turn = add_rank_blocks(
-                b_acc, s_x, s_w, full, empty, turn, b_0, b_1, b_2, b_3, b_4, b_5, keep_scale, count, HALF, PLACES, DEPTH, STAGES
+                b_acc, s_x, s_w, full, empty, turn, b_mask0, b_mask1, b_mask2, keep_scale, count, HALF, PLACES, DEPTH, STAGES
             )
             b_parts = (b_q0, b_q1, b_q2, b_q3)
             for i_quarter in gl.static_range(4):
                 leave(b_parts[i_quarter], d_y, s_y.index(HALF * 2 + i_quarter % 2), m0, n0 + i_quarter * (BN // 4), 1)
         tma.store_wait(0)
 
-    @gluon.jit(do_not_specialize=["M", "seed0", "seed1", "seed2", "threshold", "count", "helpers"])
+    @gluon.jit(do_not_specialize=["M", "count", "helpers"])
     def gemm_dropout_kernel(
-        d_x, d_w, d_s, d_b, d_f, d_y, p_low, p_scale, p_ready, p_token, M, seed0: gl.int64, seed1: gl.int64, seed2: gl.int64,
-        threshold: gl.int64, keep_scale, count, helpers,
+        d_x, d_w, d_s, d_b, d_f, d_y, p_low, p_scale, p_ready, p_bits, M, keep_scale, count, helpers,
         N: gl.constexpr, K: gl.constexpr, PLACES: gl.constexpr, DEPTH: gl.constexpr, BESIDE: gl.constexpr, LR: gl.constexpr,
         SUM: gl.constexpr, S0: gl.constexpr, S1: gl.constexpr, S2: gl.constexpr, F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr,
         GROUPS: gl.constexpr, C: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
         GROUP: gl.constexpr,
     ):  # fmt: skip
         """d_x [M, K]; d_w [K, N]; d_s [M, LR]; d_b [LR, N]; d_y [M, N]: descriptors as of ``gemm_specialized_kernel``. The columns of each
-        of ``count`` projections, told as the program runs or the compiler would spill, fill PLACES blocks of DEPTH. p_token int64 [M]; seeds,
-        threshold and scale as of :class:`fastlora.kernels.launch.Dropout`. BESIDE: s is made too; d_f, p_low, p_scale, p_ready as of
+        of ``count`` projections, told as the program runs or the compiler would spill, fill PLACES blocks of DEPTH. p_bits: of
+        :func:`fastlora.kernels.masks.masks`; keep_scale as of :class:`fastlora.kernels.launch.Dropout`. BESIDE: s is made too; d_f, p_low, p_scale, p_ready as of
         ``gemm_beside_kernel``."""
         s_x = gl.allocate_shared_memory(d_x.dtype, [STAGES * 2, BM // 2, BK], d_x.layout)
         s_w = gl.allocate_shared_memory(d_w.dtype, [STAGES, BK, BN], d_w.layout)
@@ -159,13 +167,11 @@ if MISSING is None:
         gl.warp_specialize(
             [
                 (multiply_tiles, (
-                    0, p_token, d_y, p_low, p_scale, p_ready, s_x, s_w, s_rows, s_f, s_y, full, empty, num_m, M, seed0, seed1, seed2,
-                    threshold, keep_scale, count, helpers,
+                    0, p_bits, d_y, p_low, p_scale, p_ready, s_x, s_w, s_rows, s_f, s_y, full, empty, num_m, M, keep_scale, count, helpers,
                     N, K, PLACES, DEPTH, BESIDE, LR, SUM, F0, F1, F2, GROUPS, C, BM, BN, BK, STAGES, DEEP, GROUP,
                 )),
                 (multiply_tiles, (
-                    1, p_token, d_y, p_low, p_scale, p_ready, s_x, s_w, s_rows, s_f, s_y, full, empty, num_m, M, seed0, seed1, seed2,
-                    threshold, keep_scale, count, helpers,
+                    1, p_bits, d_y, p_low, p_scale, p_ready, s_x, s_w, s_rows, s_f, s_y, full, empty, num_m, M, keep_scale, count, helpers,
                     N, K, PLACES, DEPTH, BESIDE, LR, SUM, F0, F1, F2, GROUPS, C, BM, BN, BK, STAGES, DEEP, GROUP,
                 )),
                 (load_tiles, (
@@ -232,8 +238,7 @@ def run_with_low(dy, weight, b, a, dropout: launch.Dropout, layout):
 
 
 def _launch(made, dy, weight, ds, a, b, out, low, scales, ready, dropout: launch.Dropout) -> bool:
-    drop = launch.dropout_arguments(dropout, dy)
+    bits = masks(dropout, out.shape[1])
     return attempt(
-        NAME, made[0], dy, weight, ds, a, b, out, low, scales, ready, drop.tokens, dy.shape[0], *drop.seeds, drop.threshold, drop.keep_scale,
-        len(dropout.seeds), made[1],
-    )  # fmt: skip
+        NAME, made[0], dy, weight, ds, a, b, out, low, scales, ready, bits, dy.shape[0], dropout.keep_scale, len(dropout.seeds), made[1]
+    )

@@ -31,6 +31,7 @@ from fastlora.kernels.hopper import (
     reinterpret,
     tma,
 )
+from fastlora.kernels.masks import masks
 
 NAME = "GEMM with a gate"
 
@@ -38,7 +39,7 @@ NAME = "GEMM with a gate"
 if MISSING is None:
     from fastlora.kernels.gemm_blocks import load_block, load_blocks, load_halves, multiply_tile, quarters, tile_at
     from fastlora.kernels.gemm_dropout import add_rank_blocks
-    from fastlora.kernels.gemm_mask import multiply_tile_and_mask
+    from fastlora.kernels.gemm_mask import read_mask
     from fastlora.kernels.ring import claim, leave, ring
 
     # the same function, compiled for Gluon
@@ -123,7 +124,7 @@ if MISSING is None:
 
     @gluon.jit
     def multiply_backward(
-        HALF: gl.constexpr, d_dgu, d_h, s_x, s_w, s_parts, s_y, full, empty, num_m, p_token, M, seed, threshold, keep_scale, count,
+        HALF: gl.constexpr, d_dgu, d_h, s_x, s_w, s_parts, s_y, full, empty, num_m, p_bits, M, keep_scale, count,
         F: gl.constexpr, K: gl.constexpr, R: gl.constexpr, PLACES: gl.constexpr, DEPTH: gl.constexpr, ACTIVATION: gl.constexpr,
         BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
     ):  # fmt: skip
@@ -133,15 +134,15 @@ if MISSING is None:
         for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
             i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
             m0 = i_m * BM + HALF * (BM // 2)
+            b_mask = 0
             if PLACES > 0:
-                b_acc, turn, b_first, b_last, b_2, b_3, b_4, b_5 = multiply_tile_and_mask(
-                    s_x, s_w, full, empty, turn, p_token, m0, i_n * BN, M, seed, seed, seed, threshold, count, HALF, K, BM, BN, BK, STAGES
-                )
+                b_mask = read_mask(p_bits, 0, m0, i_n * BN, M, True, F // 64)
+            b_acc, turn = multiply_tile(s_x, s_w, full, empty, turn, HALF, K, R, BM, BN, BK, STAGES, False)
+            if PLACES > 0:
                 b_0, b_1, b_2, b_3, turn = add_rank_blocks(
-                    b_acc, s_x, s_w, full, empty, turn, b_first, b_last, b_2, b_3, b_4, b_5, keep_scale, count, HALF, PLACES, DEPTH, STAGES
+                    b_acc, s_x, s_w, full, empty, turn, b_mask, b_mask, b_mask, keep_scale, count, HALF, PLACES, DEPTH, STAGES
                 )
             else:
-                b_acc, turn = multiply_tile(s_x, s_w, full, empty, turn, HALF, K, R, BM, BN, BK, STAGES, False)
                 b_0, b_1, b_2, b_3 = quarters(b_acc, BM // 2, BN)
             b_parts = (b_0, b_1, b_2, b_3)
             for i_part in gl.static_range(4):
@@ -203,9 +204,9 @@ if MISSING is None:
             [240, 24],
         )  # fmt: skip
 
-    @gluon.jit(do_not_specialize=["M", "seed", "threshold", "count"])
+    @gluon.jit(do_not_specialize=["M", "count"])
     def gemm_glu_backward_kernel(
-        d_x, d_w, d_s, d_b, d_gu, d_dgu, d_h, p_token, M, seed: gl.int64, threshold: gl.int64, keep_scale, count,
+        d_x, d_w, d_s, d_b, d_gu, d_dgu, d_h, p_bits, M, keep_scale, count,
         F: gl.constexpr, K: gl.constexpr, R: gl.constexpr, PLACES: gl.constexpr, DEPTH: gl.constexpr, ACTIVATION: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
         BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
     ):  # fmt: skip
@@ -213,7 +214,7 @@ if MISSING is None:
         w and b. F is a multiple of BN, and BK a quarter of it.
 
         R rank columns are part of the product; or, with dropout, those of the ``count`` = 1 projection are a product of their own, PLACES
-        blocks of DEPTH (gemm_dropout.py, as are p_token, seed, threshold and scale)."""
+        blocks of DEPTH (gemm_dropout.py, as are p_bits and keep_scale)."""
         s_x = gl.allocate_shared_memory(d_x.dtype, [STAGES * 2, BM // 2, BK], d_x.layout)
         s_w = gl.allocate_shared_memory(d_w.dtype, [STAGES, BK, BN], d_w.layout)
         # the same memory as blocks of BK features
@@ -224,11 +225,11 @@ if MISSING is None:
         gl.warp_specialize(
             [
                 (multiply_backward, (
-                    0, d_dgu, d_h, s_x, s_w, s_parts, s_y, full, empty, num_m, p_token, M, seed, threshold, keep_scale, count,
+                    0, d_dgu, d_h, s_x, s_w, s_parts, s_y, full, empty, num_m, p_bits, M, keep_scale, count,
                     F, K, R, PLACES, DEPTH, ACTIVATION, BM, BN, BK, STAGES, GROUP,
                 )),
                 (multiply_backward, (
-                    1, d_dgu, d_h, s_x, s_w, s_parts, s_y, full, empty, num_m, p_token, M, seed, threshold, keep_scale, count,
+                    1, d_dgu, d_h, s_x, s_w, s_parts, s_y, full, empty, num_m, p_bits, M, keep_scale, count,
                     F, K, R, PLACES, DEPTH, ACTIVATION, BM, BN, BK, STAGES, GROUP,
                 )),
                 (load_backward, (
@@ -310,9 +311,6 @@ def backward(dz, weight, ds, a, layout, activation, gate_up, dropout=None):
     if made is None:
         return None
     dgate_up, hidden = torch.empty_like(gate_up), gate_up.new_empty((rows, features))
-    drop = launch.dropout_arguments(dropout, dz)
-    done = attempt(
-        NAME, made, dz, weight, dz if ds is None else ds, weight if a is None else a, gate_up, dgate_up, hidden,
-        drop.tokens, rows, drop.seeds[0], drop.threshold, drop.keep_scale, 1,
-    )  # fmt: skip
+    bits, scale = (dz, 1.0) if dropout is None else (masks(dropout, features), dropout.keep_scale)
+    done = attempt(NAME, made, dz, weight, dz if ds is None else ds, weight if a is None else a, gate_up, dgate_up, hidden, bits, rows, scale, 1)
     return (dgate_up, hidden) if done else None

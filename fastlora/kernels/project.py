@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels import launch
+from fastlora.kernels import launch, project_dropout
 from fastlora.kernels.columns import starts_and_widths
 from fastlora.kernels.tile import keep_mask
 
@@ -81,6 +81,8 @@ def project(x, weight, layout, dropout=None, *, transposed=False):
         return out
     made, scales = _plan(rows, features, layout, transposed, dropout is not None, x.dtype, x.device)
     drop = launch.dropout_arguments(dropout, x)
+    if dropout is not None and not transposed and project_dropout.run(x, weight, layout, out, scales, drop):
+        return out
     made(x, weight, out, scales, drop.tokens, rows, *drop.seeds, drop.threshold, drop.keep_scale)
     return out
 

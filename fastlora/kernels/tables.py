@@ -167,6 +167,11 @@ def token_sum_tile(arch: str, dtype: torch.dtype, rank: int, *, with_ds: bool, f
     return Tile(64, 32, warps=8, stages=1 if arch == "sm_90" else 2)
 
 
+def mask_tile(arch: str) -> Tile:
+    """Tile of dropout's bits: bm rows, bn blocks of 64 features."""
+    return Tile(16, 2, warps=4, stages=1) if arch == "interpreter" else Tile(16, 8, warps=4, stages=1)
+
+
 def reduce_tile(rank: int) -> Tile:
     """Tile of the reduction of dS partials: bm rows of the padded rank."""
     return Tile(max(1, 1024 // rank), warps=4, stages=2)
