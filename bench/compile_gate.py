@@ -25,7 +25,6 @@ from fastlora.kernels import tables
 from fastlora.kernels import token_sum as token_sum_file
 from fastlora.kernels.chunks import UNIT
 from fastlora.kernels.columns import Columns, starts_and_widths
-from fastlora.kernels.masks import blocks_of
 
 _TYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -111,14 +110,14 @@ def build_arguments(case: Case):
         tile = tables.token_sum_tile(case.arch, case.dtype, columns, with_ds=with_ds, features=features, apart=apart)
         signature = {"p_wide": element, "p_narrow": element, "p_out": "*i64" if case.exact else "*fp32"}
         signature |= {"p_stats": "*i64" if case.exact else element, "p_b": element}
-        signature |= {"p_ds": "*fp32" if with_ds else element, "p_bits": "*i32", "p_table": "*i32", "p_ends": "*i8"}
-        signature |= {"M": "i32", "units": "i32", "runs": "i32", "first_chunk": "i64", "keep_scale": "fp32"}
+        signature |= {"p_ds": "*fp32" if with_ds else element, "p_token": "*i64", "p_table": "*i32", "p_ends": "*i8"}
+        signature |= {"M": "i32", "units": "i32", "runs": "i32", "first_chunk": "i64"} | drop
         starts, widths = starts_and_widths(layout.ranges if major else ((0, features),))
         constants = dict(
             LD=features, LR=layout.columns, B_LD=layout.columns, R=layout.padded, RANK=case.rank, PER=per, C=columns,
             START0=starts[0], START1=starts[1], START2=starts[2], F0=widths[0], F1=widths[1], F2=widths[2],
             OUT_F=case.rank if major else 1, OUT_R=1 if major else features, OUT_SIZE=features * case.rank * case.count,
-            EXACT=case.exact, WITH_DS=with_ds, DROPOUT=case.dropout, BITS=blocks_of(features), PRECISION=precision, UNIT=UNIT,
+            EXACT=case.exact, WITH_DS=with_ds, DROPOUT=case.dropout, PRECISION=precision, UNIT=UNIT,
             BM=tile.bm, BF=tile.bn,
         )  # fmt: skip
         return token_sum_file.token_sum_kernel, tile, signature, constants
@@ -231,7 +230,7 @@ def all_cases() -> list[Case]:
         cases += [Case("gemm", arch, outer=6144, count=3, transposed=False, dropout=True)]
         cases += [Case("gemm", arch, outer=257, inner=129), Case("gemm", arch, torch.float16)]
         cases += [Case(op, arch, torch.float32, outer=0, inner=0, exact=exact) for op in gate_flat.OPTIMISER for exact in (True, False)]
-        cases += [Case("factors", arch), Case("factors", arch, rank=20, outer=576)]
+        cases += [Case("masks", arch, dropout=True), Case("factors", arch), Case("factors", arch, rank=20, outer=576)]
         for head in (64, 128, 256)[: 2 if tables.ATTENTION_MAX_HEAD[arch] == 128 else 3]:
             cases += [Case(op, arch, outer=head, inner=0) for op in gate_attention.OPERATIONS]
     return cases + gate_rows.all_cases(Case) + gate_specialized.all_cases(Case)

@@ -258,6 +258,16 @@ def adapted(spec: Spec, model: nn.Module, device, rows: list[Row] | None = None)
                 enter(flags)
                 others["+".join(("fastlora", *sorted(flags)[-1:]))] = functools.partial(step, flags)
 
+    def undropped() -> None:
+        model.eval()
+        try:
+            step(spec.flags)
+        finally:
+            model.train()
+
+    if spec.flags == {"dropout"}:
+        others[spec.name.replace("+dropout", "")] = undropped
+
     def update() -> None:
         optimizer.step(supervised_tokens=supervised)
         optimizer.zero_grad(set_to_none=True)

@@ -117,8 +117,10 @@ def packed_table(rows: list[dict], result: dict) -> str:
 
 
 def derived(rows: list[dict]) -> list[str]:
-    """What the targets ask about pairs of systems, each side in units of the frozen model of its own session."""
+    """What the targets ask about pairs of systems: the ratio turn by turn on one model, where both were timed so, else each side in units of
+    the frozen model of its own session."""
     over = {row["system"]: row["over_frozen"]["median"] for row in rows}
+    turns = {(row["system"], base): ratio["median"] for row in rows for base, ratio in row.get("over", {}).items()}
     pairs = (
         ("fastlora+dropout", "fastlora", "dropout 0.1 over none"), ("fastlora+r128", "fastlora", "rank 128 over the table's"),
         ("fastlora+t2048", "fastlora", "2,048 tokens over all"), ("fastlora+float", "fastlora", "float sums over exact ones"),
@@ -129,7 +131,9 @@ def derived(rows: list[dict]) -> list[str]:
         ("fastlora", "peft+liger+fp32", "over PEFT+Liger as PEFT makes adapters, in fp32"),
         ("fastlora+ckpt", "peft+liger+fp32+ckpt", "checkpointed, over PEFT+Liger as PEFT makes adapters, in fp32"),
     )  # fmt: skip
-    found = [f"{what} {over[top] / over[base]:.3f}" for top, base, what in pairs if top in over and base in over]
+    found = [
+        f"{what} {turns.get((top, base), over[top] / over[base]):.3f}" for top, base, what in pairs if top in over and base in over
+    ]
     return ["fastlora: " + ", ".join(found)] if found else []
 
 

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlora.kernels import launch, masks
 from fastlora.kernels.tile import keep_mask, keep_mask_of_product
 from fastlora.ops import dropout
 
@@ -38,3 +39,17 @@ def check(device: str, *, product: bool, block: int) -> None:
                     found, tokens.to(device), 30, 77, first, seed, dropout.threshold(p) << 16, PRODUCT=product, BM=32, BF=block
                 )
             assert torch.equal(found.cpu().bool(), wanted), (seed, p)
+
+
+def check_bits(device: str, features: int) -> None:
+    """The masks of three projections as bits, of 37 tokens."""
+    pen = torch.Generator().manual_seed(features)
+    tokens = torch.randint(-(2**62), 2**62, (37,), generator=pen)
+    for p in PROBABILITIES:
+        drop = launch.Dropout(dropout.threshold(p), dropout.keep_scale(p), SEEDS[1:4], tokens.to(device))
+        bits = masks.masks(drop, features).cpu()
+        assert bits.shape == (3, 37, 2 * -(-features // 64))
+        o_f = torch.arange(features)
+        for seed, of_seed in zip(drop.seeds, bits, strict=True):
+            found = (of_seed[:, o_f // 32] >> (o_f % 32)) & 1
+            assert torch.equal(found.bool(), dropout.keep_mask(dropout.DropoutKey(seed, tokens), features, p)), (seed, p)

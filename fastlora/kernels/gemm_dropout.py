@@ -57,11 +57,11 @@ if MISSING is None:
         return b_part
 
     @gluon.jit
-    def read_masks(p_bits, m0, n0, M, count, BLOCKS: gl.constexpr):
+    def read_masks(p_bits, m0, n0, M, count, WIDTH: gl.constexpr):
         """The words of three masks, zeros behind the ``count``-th."""
         return (
-            read_mask(p_bits, 0, m0, n0, M, True, BLOCKS), read_mask(p_bits, 1, m0, n0, M, count > 1, BLOCKS),
-            read_mask(p_bits, 2, m0, n0, M, count > 2, BLOCKS),
+            read_mask(p_bits, 0, m0, n0, M, True, WIDTH), read_mask(p_bits, 1, m0, n0, M, count > 1, WIDTH),
+            read_mask(p_bits, 2, m0, n0, M, count > 2, WIDTH),
         )  # fmt: skip
 
     @gluon.jit
@@ -132,7 +132,7 @@ if MISSING is None:
             i_m, i_n = tile_at(tile, num_m, num_n, GROUP)
             m0 = i_m * BM + HALF * (BM // 2)
             n0 = i_n * BN
-            b_mask0, b_mask1, b_mask2 = read_masks(p_bits, m0, n0, M, count, (N + 63) // 64)
+            b_mask0, b_mask1, b_mask2 = read_masks(p_bits, m0, n0, M, count, (N + 63) // 64 * 2)
             b_acc, turn = multiply_tile(s_x, s_w, full, empty, turn, HALF, K, 0, BM, BN, BK, STAGES, False)
             b_q0, b_q1, b_q2, b_q3, turn = add_rank_blocks(
                 b_acc, s_x, s_w, full, empty, turn, b_mask0, b_mask1, b_mask2, keep_scale, count, HALF, PLACES, DEPTH, STAGES

@@ -136,7 +136,7 @@ if MISSING is None:
             m0 = i_m * BM + HALF * (BM // 2)
             b_mask = 0
             if PLACES > 0:
-                b_mask = read_mask(p_bits, 0, m0, i_n * BN, M, True, F // 64)
+                b_mask = read_mask(p_bits, 0, m0, i_n * BN, M, True, F // 32)
             b_acc, turn = multiply_tile(s_x, s_w, full, empty, turn, HALF, K, R, BM, BN, BK, STAGES, False)
             if PLACES > 0:
                 b_0, b_1, b_2, b_3, turn = add_rank_blocks(

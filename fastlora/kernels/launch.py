@@ -128,14 +128,13 @@ class Dropout:
     """Dropout of the projections of one input: a 63-bit seed (run, step and module) each, one int64 key a token [M].
 
     ``threshold`` and ``keep_scale`` are those of :func:`fastlora.ops.dropout.threshold` and ``keep_scale``: which of 2^16 values are
-    dropped, and what a kept element is multiplied by. ``made``: bits of the masks, by features (masks.py).
+    dropped, and what a kept element is multiplied by.
     """
 
     threshold: int
     keep_scale: float
     seeds: tuple[int, ...]
     tokens: torch.Tensor
-    made: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
 
 class _DropoutArguments(NamedTuple):

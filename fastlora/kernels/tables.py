@@ -168,8 +168,8 @@ def token_sum_tile(arch: str, dtype: torch.dtype, rank: int, *, with_ds: bool, f
 
 
 def mask_tile(arch: str) -> Tile:
-    """Tile of dropout's bits: bm rows, bn blocks of 64 features."""
-    return Tile(16, 2, warps=4, stages=1) if arch == "interpreter" else Tile(16, 8, warps=4, stages=1)
+    """Tile of dropout's bits: bm rows, bn bytes of eight features."""
+    return Tile(16, 16, warps=4, stages=1) if arch == "interpreter" else Tile(16, 64, warps=4, stages=1)
 
 
 def reduce_tile(rank: int) -> Tile:

@@ -24,17 +24,17 @@ import triton.language as tl
 from fastlora.kernels import launch
 from fastlora.kernels.chunks import LONGEST, UNIT, Chunks
 from fastlora.kernels.columns import MOST, starts_and_widths
-from fastlora.kernels.masks import blocks_of, keep_mask_of_bits, masks
-from fastlora.kernels.tile import to_fixed
+from fastlora.kernels.tile import keep_mask, to_fixed
 
 
-@triton.jit(do_not_specialize=["M", "units", "runs", "first_chunk"])
+@triton.jit(do_not_specialize=["M", "units", "runs", "first_chunk", "seed0", "seed1", "seed2", "threshold"])
 def token_sum_kernel(
-    p_wide, p_narrow, p_out, p_stats, p_b, p_ds, p_bits, p_table, p_ends, M, units, runs, first_chunk: tl.int64, keep_scale,
+    p_wide, p_narrow, p_out, p_stats, p_b, p_ds, p_token, p_table, p_ends,
+    M, units, runs, first_chunk: tl.int64, seed0: tl.int64, seed1: tl.int64, seed2: tl.int64, threshold: tl.int64, keep_scale,
     LD: tl.constexpr, LR: tl.constexpr, B_LD: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, PER: tl.constexpr, C: tl.constexpr,
     START0: tl.constexpr, START1: tl.constexpr, START2: tl.constexpr, F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr,
     OUT_F: tl.constexpr, OUT_R: tl.constexpr, OUT_SIZE: tl.constexpr,
-    EXACT: tl.constexpr, WITH_DS: tl.constexpr, DROPOUT: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr, WITH_DS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     UNIT: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr,
 ):
     """p_wide [M, LD]; p_narrow [M, LR]: projection p owns columns p R to p R + RANK.
@@ -43,7 +43,6 @@ def token_sum_kernel(
     columns: with PER = 1 that of the feature range (dB), or that of the grid's first axis (dA of one at a time).
     p_out element (feature, column c of projection p) at feature * OUT_F + (p RANK + c) * OUT_R, in dB at feature * OUT_F + c * OUT_R;
     p_stats int64 [projections, 4]; p_b element (feature, c) at feature * B_LD + p R + c; p_ds fp32 [blocks, M, R].
-    p_bits int32 [projections, M, BITS, 2]: of :func:`fastlora.kernels.masks.masks`.
     p_table int32 [2, units + 2], p_ends int8 [units + 1]: see :class:`fastlora.kernels.chunks.Chunks`. RANK <= R is the rank without padding."""
     # projections that share p_wide come first: their programs run beside each other and read it from the cache
     i_run = tl.program_id(1)
@@ -75,7 +74,7 @@ def token_sum_kernel(
         b_b = tl.load(p_b + i_p * R + o_f.to(tl.int64)[:, None] * B_LD + o_c[None, :], mask=m_f[:, None], other=0.0)
         p_ds += i_block.to(tl.int64) * M * R
     if DROPOUT:
-        p_bits += i_p.to(tl.int64) * M * BITS * 2
+        seed = tl.where(i_p == 0, seed0, tl.where(i_p == 1, seed1, seed2))
     b_sum = tl.zeros((BF, C), dtype=tl.float32)
     # a run starts where the next chunk does, so no chunk is shared by two programs
     first = tl.load(p_table + i_run * units // runs)
@@ -99,7 +98,8 @@ def token_sum_kernel(
                 b_ds = tl.dot(b_wide, b_b, input_precision=PRECISION)
                 tl.store(p_ds + o_m[:, None] * R + o_c[None, :], b_ds, mask=m_m[:, None])
             if DROPOUT:
-                b_keep = keep_mask_of_bits(p_bits, o_m, m_m, i_f * BF, BITS, BM, BF)
+                b_token = tl.load(p_token + o_m, mask=m_m, other=0)
+                b_keep = keep_mask(b_token, i_f * BF, seed, threshold, BM, BF)
                 b_wide = tl.where(b_keep, b_wide.to(tl.float32) * keep_scale, 0.0).to(b_wide.dtype)
             b_sum = tl.dot(tl.trans(b_wide), b_narrow, b_sum, input_precision=PRECISION)
         if EXACT:  # noqa: SIM102 - decided when compiled, the other when run
@@ -211,7 +211,7 @@ def _plan(
         LD=features, LR=layout.columns, B_LD=layout.columns, R=layout.padded, RANK=layout.rank, PER=per, C=columns,
         START0=starts[0], START1=starts[1], START2=starts[2], F0=widths[0], F1=widths[1], F2=widths[2],
         OUT_F=layout.rank if feature_major else 1, OUT_R=1 if feature_major else features, OUT_SIZE=shape[0] * shape[1],
-        EXACT=exact, WITH_DS=with_ds, DROPOUT=dropout, BITS=blocks_of(features), PRECISION="ieee" if dtype == torch.float32 else "tf32",
+        EXACT=exact, WITH_DS=with_ds, DROPOUT=dropout, PRECISION="ieee" if dtype == torch.float32 else "tf32",
         UNIT=UNIT, BM=tile.bm, BF=tile.bn,
     )  # fmt: skip
     return _Plan(made, runs, shape)
@@ -223,10 +223,10 @@ def _sum(plan: _Plan, wide, narrow, chunks: Chunks, sink: Sink | None, dropout=N
         out, stats, first = sink.total, sink.stats, sink.count(chunks.count)
     else:
         out, stats, first = launch.empty(wide, plan.runs, *plan.shape, dtype=torch.float32), narrow, 0
-    bits, scale = (chunks.table, 1.0) if dropout is None else (masks(dropout, wide.shape[1]), dropout.keep_scale)
+    drop = launch.dropout_arguments(dropout, wide)
     plan.launch(
-        wide, narrow, out, stats, narrow if b is None else b, narrow if partial is None else partial, bits, chunks.table, chunks.ends,
-        wide.shape[0], chunks.units, plan.runs, first, scale,
+        wide, narrow, out, stats, narrow if b is None else b, narrow if partial is None else partial, drop.tokens, chunks.table, chunks.ends,
+        wide.shape[0], chunks.units, plan.runs, first, *drop.seeds, drop.threshold, drop.keep_scale,
     )  # fmt: skip
     return None if sink is not None else out.sum(0)
 

@@ -293,18 +293,18 @@ class _DecoderLayer(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        plan, place, kept, drops = ctx.plan, ctx.place, ctx.kept, ctx.drops
+        plan, place, kept = ctx.plan, ctx.place, ctx.kept
         if kept is None:
             raise TrainingError("a decoder layer's backward ran twice; it keeps nothing for a second time")
-        ctx.kept = ctx.drops = None  # of masks too there is nothing left when the layer is done
+        ctx.kept = None
         if not all(group.unchanged() for group in plan.groups):
             raise TrainingError("the adapter changed between a forward and its backward")
         if plan.checkpoint:
-            kept = _again(plan, kept.h, place, drops)
+            kept = _again(plan, kept.h, place, ctx.drops)
         dout = dout.contiguous()
         with Beside(dout.device) as beside:
-            dh1, of_mlp = _mlp_backward(plan, dout, place, drops, kept, beside)
-            dh, of_attention = _attention_backward(plan, dh1, place, drops, kept, ctx.needs_input_grad[0], beside)
+            dh1, of_mlp = _mlp_backward(plan, dout, place, ctx.drops, kept, beside)
+            dh, of_attention = _attention_backward(plan, dh1, place, ctx.drops, kept, ctx.needs_input_grad[0], beside)
         return dh, None, None, *(gradient for of_group in of_attention + of_mlp for gradient in of_group.value)
 
 

@@ -13,3 +13,8 @@ pytestmark = pytest.mark.interpreter
 @pytest.mark.parametrize("block", [16, 64])
 def test_masks_are_those_of_the_reference(product, block):
     dropout_cases.check("cpu", product=product, block=block)
+
+
+@pytest.mark.parametrize("features", [64, 77, 576])
+def test_bits_are_those_of_the_reference(features):
+    dropout_cases.check_bits("cpu", features)

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastlora.kernels import gemm_dropout, hopper, launch, tables
+from fastlora.kernels import gemm_dropout, hopper, launch, masks, tables
 from fastlora.kernels.columns import Columns
 from fastlora.kernels.gemm import gemm
 from tests.unit.h200 import stand_in
@@ -67,14 +67,17 @@ def test_the_backward_takes_it_and_the_forward_does_not(monkeypatch, transposed)
     dy, s = torch.zeros(4096, 2048, dtype=HALF), torch.zeros(4096, layout.columns, dtype=HALF)
     weight, a = torch.zeros(2048, 2048, dtype=HALF), torch.zeros(layout.columns, 2048, dtype=HALF)
     gemm(dy, weight, s, a.t().contiguous() if transposed else a, transposed=transposed, dropout=dropout(4096, 2), layout=layout)
-    ((made, arguments),) = seen
+    made, arguments = seen[-1]
+    assert [one.kernel for one, _ in seen[:-1]] == ([] if transposed else [masks.mask_kernel])
     assert (made.kernel is gemm_dropout.gemm_dropout_kernel) is not transposed
     if not transposed:
         blocks = [list(one.block_shape) for one in made._described(arguments) if hasattr(one, "block_shape")]
         assert blocks == [[64, 64], [64, 256], [64, 64], [64, 256], [64, 64]]
         assert (made.constants["PLACES"], made.constants["DEPTH"]) == (1, 16)
-        # rows, a seed a projection and one for none, the threshold in the upper half of a word, scale, projections, programs of dS
-        assert arguments[10:] == (4096, 5, 6, 0, 6554 << 16, 1.1, 2, 0)
+        # the masks of both, a bit a feature; then rows, scale, projections, programs of dS
+        assert arguments[9].shape == (2, 4096, 2048 // 32) and arguments[10:] == (4096, 1.1, 2, 0)
+        # a seed a projection and one for none, the threshold in the upper half of a word
+        assert seen[0][1][2:] == (4096, 5, 6, 0, 6554 << 16)
 
 
 def test_a_kernel_that_does_not_compile_leaves_the_product_to_the_portable_one(monkeypatch):
@@ -92,4 +95,5 @@ def test_a_kernel_that_does_not_compile_leaves_the_product_to_the_portable_one(m
     with pytest.warns(UserWarning, match="GEMM with dropout does not compile"):
         gemm(dy, weight, ds, a, transposed=False, dropout=dropout(4096, 1), layout=layout)
     gemm(dy, weight, ds, a, transposed=False, dropout=dropout(4096, 1), layout=layout)
-    assert [kernel is gemm_dropout.gemm_dropout_kernel for kernel in kernels] == [True, False, False]
+    assert kernels[:2] == [masks.mask_kernel, gemm_dropout.gemm_dropout_kernel]
+    assert kernels[2] is kernels[3] and len(kernels) == 4

@@ -1,0 +1,72 @@
+"""Which S are masked by warpgroups of their own, and what the kernel is given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fastlora.kernels import hopper, launch, masked, project, project_dropout
+from fastlora.kernels.columns import Columns
+from tests.unit.h200 import CPU, stand_in
+
+if hopper.MISSING is not None:
+    pytest.skip(f"this Triton has no Gluon: {hopper.MISSING}", allow_module_level=True)
+
+HALF = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def h200(monkeypatch):
+    yield from stand_in(monkeypatch, project_dropout.plan)
+
+
+def layout_of(count: int, rank: int) -> Columns:
+    return Columns((rank,) * count, tuple(1024 * i for i in range(count)), (1024,) * count, (1.0,) * count)
+
+
+@pytest.mark.parametrize(
+    "features, count, rank, served",
+    [(4096, 3, 16, True), (4096, 3, 64, True), (4096, 1, 128, True), (4096, 2, 128, False), (4100, 1, 16, False), (64, 1, 16, False)],
+)
+def test_which_it_serves(features, count, rank, served):
+    made = project_dropout.plan(1000, features, layout_of(count, rank), HALF, CPU)
+    assert (made is not None) is served
+    if served:
+        assert made.grid[0] == 16
+        # the rings of x and A and of masked blocks leave room for barriers
+        size = made.constants["STAGES"] * (64 + count * made.constants["R"]) * 64 * 2 + masked.SLOTS * 64 * 64 * 2
+        assert size < 225 * 1024
+
+
+def test_it_is_for_dropout_alone(monkeypatch):
+    kernels = []
+    monkeypatch.setattr(launch.Launch, "__call__", lambda self, *arguments: kernels.append((self.kernel, arguments)))
+    layout = layout_of(2, 16)
+    x, a = torch.zeros(100, 4096, dtype=HALF), torch.zeros(layout.columns, 4096, dtype=HALF)
+    drop = launch.Dropout(6554, 1.1, (5, 6), torch.zeros(100, dtype=torch.int64))
+    project.project(x, a, layout, drop)
+    project.project(x, a, layout)
+    project.project(torch.zeros(100, 2048, dtype=HALF), torch.zeros(2048, layout.columns, dtype=HALF), layout, transposed=True)
+    assert [kernel is project_dropout.project_dropout_kernel for kernel, _ in kernels] == [True, False, False]
+    # rows, a seed a projection and one for none, the threshold in the upper half of a word, scale
+    assert kernels[0][1][5:] == (100, 5, 6, 0, 6554 << 16, 1.1)
+
+
+def test_a_kernel_that_does_not_compile_leaves_s_to_the_portable_one(monkeypatch):
+    kernels = []
+
+    def launched(self, *arguments):
+        kernels.append(self.kernel)
+        if self.kernel is project_dropout.project_dropout_kernel:
+            raise RuntimeError("PassManager::run failed")
+
+    monkeypatch.setattr(launch.Launch, "__call__", launched)
+    layout = layout_of(1, 16)
+    x, a = torch.zeros(100, 4096, dtype=HALF), torch.zeros(16, 4096, dtype=HALF)
+    drop = launch.Dropout(6554, 1.1, (5,), torch.zeros(100, dtype=torch.int64))
+    with pytest.warns(UserWarning, match="S with dropout does not compile"):
+        project.project(x, a, layout, drop)
+    project.project(x, a, layout, drop)
+    assert kernels == [project_dropout.project_dropout_kernel, project.project_kernel, project.project_kernel]
