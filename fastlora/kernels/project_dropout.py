@@ -33,7 +33,7 @@ MOST_COLUMNS = 192
 ROOM, MOST_STAGES = 160 * 1024, 8
 
 if MISSING is None:
-    from fastlora.kernels.masked import EDGE, PLACES, mask_blocks
+    from fastlora.kernels.masked import EDGE, PLACES, TURNS, mask_blocks
     from fastlora.kernels.ring import ring
 
     @gluon.jit
@@ -104,6 +104,7 @@ if MISSING is None:
     ):  # fmt: skip
         """d_x [M, K], d_a [LR, K]: descriptors of blocks [64, 64] and [R, 64]; p_s [M, LR]; p_scale fp32 [LR]; p_token int64 [M]; seeds,
         threshold and scale as of :class:`fastlora.kernels.launch.Dropout`."""
+        gl.static_assert(TURNS == 4, "a partition below for each warpgroup that masks")
         s_x = gl.allocate_shared_memory(d_x.dtype, [STAGES, EDGE, EDGE], d_x.layout)
         s_a = gl.allocate_shared_memory(d_a.dtype, [STAGES * COUNT, R, EDGE], d_a.layout)
         s_masked = gl.allocate_shared_memory(d_x.dtype, [PLACES, EDGE, EDGE], d_x.layout)

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from bench import check, step, systems
+from bench import check, step, systems, tables
 from bench.shapes import SHAPES, build, shape_named
 from fastlora.errors import InputError
 from fastlora.exact import lora_modules
@@ -101,6 +101,24 @@ def test_the_other_ways_of_a_step_leave_the_model_as_it_was():
         call()
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(one, two) for one, two in zip(before, sums(), strict=True))
+
+
+def test_dropout_is_timed_against_none_on_the_same_model(monkeypatch):
+    monkeypatch.setattr("bench.timing.WORK_MS", 1.0)
+    rows = step.run(plan(), ["fastlora+dropout"], None)["rows"]
+    assert list(rows[1]["over"]) == ["fastlora"]
+    without = dict(rows[1], system="fastlora", over={})
+    (said,) = tables.derived([rows[0], rows[1], without])
+    assert f"dropout 0.1 over none {rows[1]['over']['fastlora']['median']:.3f}" in said
+
+    model = build(TINY, "cpu", torch.float32)
+    running = systems.adapted(systems.parse("fastlora+dropout+r8", tokens=160), model, "cpu")
+    seen = []
+    for _, module in lora_modules(model):
+        module.register_forward_pre_hook(lambda module, of: seen.append(module.training))
+    (call,) = running.others.values()
+    call()
+    assert list(running.others) == ["fastlora+r8"] and seen and not any(seen) and model.training
 
 
 def test_run_stops_at_the_time_limit():
