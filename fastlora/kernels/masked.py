@@ -2,8 +2,8 @@
 
 Where a product reads D(x), masks cost more than the product: some 75 instructions for eight elements. So warpgroups that do nothing else
 (WAYS of them) take blocks in turn: each reads a block of x that was copied to one ring, and leaves it masked in the next slot of a second,
-from which another warpgroup multiplies. That one also copies, so that no warp has registers and little to do. The mask is that of tile.py, and D(x) = round(x / (1 - p)) or 0, bit for bit. In Gluon (see
-hopper.py).
+from which another warpgroup multiplies. That one also copies, so that no warp has registers and little to do. The mask is that of tile.py,
+and D(x) = round(x / (1 - p)) or 0, bit for bit. In Gluon (see hopper.py).
 """
 
 from __future__ import annotations

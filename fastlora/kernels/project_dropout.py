@@ -23,14 +23,15 @@ from fastlora.kernels.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from fastlora.kernels.masked import BLOCK
+from fastlora.kernels.masked import BLOCK, WAYS
 from fastlora.kernels.tables import Tile
 
 NAME = "S with dropout"
 # Columns of all projections: their sums have to fit the registers of a warpgroup.
 MOST_COLUMNS = 192
-# Bytes of shared memory for the ring of x and A, and its most places.
-ROOM, MOST_STAGES = 160 * 1024, 8
+# Bytes of shared memory for the ring of x and A, and how many places it may have. A barrier tells one turn of its place from the next, no more:
+# with these counts a place's blocks have one set of masking warpgroups each time, which wait for every turn of it.
+ROOM, DEPTHS = 160 * 1024, (2 * WAYS, WAYS)
 
 if MISSING is None:
     from fastlora.kernels.masked import EDGE, PLACES, TURNS, mask_blocks
@@ -105,6 +106,7 @@ if MISSING is None:
         """d_x [M, K], d_a [LR, K]: descriptors of blocks [64, 64] and [R, 64]; p_s [M, LR]; p_scale fp32 [LR]; p_token int64 [M]; seeds,
         threshold and scale as of :class:`fastlora.kernels.launch.Dropout`."""
         gl.static_assert(TURNS == 4, "a partition below for each warpgroup that masks")
+        gl.static_assert(STAGES % TURNS == 0 and PLACES % TURNS == 0, "a warpgroup waits for each turn of a place, or for none")
         s_x = gl.allocate_shared_memory(d_x.dtype, [STAGES, EDGE, EDGE], d_x.layout)
         s_a = gl.allocate_shared_memory(d_a.dtype, [STAGES * COUNT, R, EDGE], d_a.layout)
         s_masked = gl.allocate_shared_memory(d_x.dtype, [PLACES, EDGE, EDGE], d_x.layout)
@@ -144,7 +146,7 @@ if MISSING is None:
 def constants_of(features: int, layout, dtype) -> dict[str, int]:
     """The kernel's constants."""
     count, rank = layout.count, layout.padded
-    stages = min(MOST_STAGES, ROOM // ((BLOCK + count * rank) * BLOCK * 2))
+    stages = next(stages for stages in DEPTHS if stages * (BLOCK + count * rank) * BLOCK * 2 <= ROOM)
     return dict(K=features, COUNT=count, R=rank, LR=layout.columns, FP16=dtype == torch.float16, STAGES=stages)
 
 

@@ -40,6 +40,19 @@ def test_which_it_serves(features, count, rank, served):
         assert size < 225 * 1024
 
 
+@pytest.mark.parametrize("count, rank", [(1, 16), (2, 16), (3, 16), (1, 64), (2, 64), (3, 64), (1, 128)])
+def test_a_warpgroup_that_masks_waits_for_every_turn_of_a_place_or_for_none(count, rank):
+    # its barrier tells a turn from the one before alone: who left one out would take an older block for the one it waits for
+    stages, blocks = project_dropout.constants_of(4096, layout_of(count, rank), HALF)["STAGES"], 64
+    for which in range(masked.WAYS):
+        visited = {task // count for task in range(which, blocks * count, masked.WAYS)}
+        for place in range(stages):
+            turns = [block in visited for block in range(place, blocks, stages)]
+            assert all(turns) or not any(turns), (which, place)
+        slots = {task % masked.SLOTS for task in range(which, blocks * count, masked.WAYS)}
+        assert all(slot % masked.WAYS == which for slot in slots)
+
+
 def test_it_is_for_dropout_alone(monkeypatch):
     kernels = []
     monkeypatch.setattr(launch.Launch, "__call__", lambda self, *arguments: kernels.append((self.kernel, arguments)))
