@@ -161,6 +161,8 @@ SPILLS_ALLOWED = {
     ("attention_dkv_specialized", "sm_90", 128): 192,
     # with Triton 3.8 alone, once a tile, after its product: it computes the exponentials of both parts at once
     **dict.fromkeys([(f"gemm_glu_{act}", "sm_90", 14336) for act in ("silu", "gelu_tanh")], 72 if triton.__version__.startswith("3.8.") else 0),
+    # with Triton 3.9 alone, outside every loop: numbers of the thread, stored when the kernel starts and read when its part begins
+    **dict.fromkeys([(op, "sm_90", outer) for op in gate_specialized.DROPOUT for outer in (4096, 6144)], 24 if triton.__version__.startswith("3.9.") else 0),
 }
 
 
