@@ -78,7 +78,7 @@ def _ranges(case: Case) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def build_arguments(case: Case):
     """(kernel, tile, signature by argument name, constants by argument name) as the library launches it."""
     element = "*" + _TYPE[case.dtype]
-    drop = {"seed0": "i64", "seed1": "i64", "seed2": "i64", "threshold": "i64", "keep_scale": "fp32"}
+    drop = gate_flat.DRAWS | {"keep_scale": "fp32"}
     layout = Columns((case.rank,) * case.count, *_ranges(case), (1.0,) * case.count)
     precision = "ieee" if case.dtype == torch.float32 else "tf32"
     if case.operation in gate_attention.OPERATIONS:
@@ -94,7 +94,7 @@ def build_arguments(case: Case):
         columns = layout.padded if case.dropout or apart else min(layout.columns, 256)
         starts, widths = starts_and_widths(layout.ranges if apart else ((0, case.inner),))
         tile = tables.project_tile(case.arch, case.dtype, columns, apart=apart)
-        signature = {"p_x": element, "p_w": element, "p_s": element, "p_scale": "*fp32", "p_token": "*i64", "M": "i32"} | drop
+        signature = {"p_x": element, "p_w": element, "p_s": element, "p_scale": "*fp32", "M": "i32"} | drop
         constants = dict(
             LD=case.outer if apart else case.inner, LR=layout.columns, W_R=1 if apart else case.inner, W_F=layout.columns if apart else 1,
             START0=starts[0], START1=starts[1], START2=starts[2], F0=widths[0], F1=widths[1], F2=widths[2],
@@ -110,7 +110,7 @@ def build_arguments(case: Case):
         tile = tables.token_sum_tile(case.arch, case.dtype, columns, with_ds=with_ds, features=features, apart=apart)
         signature = {"p_wide": element, "p_narrow": element, "p_out": "*i64" if case.exact else "*fp32"}
         signature |= {"p_stats": "*i64" if case.exact else element, "p_b": element}
-        signature |= {"p_ds": "*fp32" if with_ds else element, "p_token": "*i64", "p_table": "*i32", "p_ends": "*i8"}
+        signature |= {"p_ds": "*fp32" if with_ds else element, "p_table": "*i32", "p_ends": "*i8"}
         signature |= {"M": "i32", "units": "i32", "runs": "i32", "first_chunk": "i64"} | drop
         starts, widths = starts_and_widths(layout.ranges if major else ((0, features),))
         constants = dict(
@@ -135,7 +135,7 @@ def build_arguments(case: Case):
     )  # fmt: skip
     if not tma:
         signature = dict.fromkeys(("p_x", "p_w", "p_s", "p_b", "p_bias", "p_y"), element)
-        signature |= {"p_token": "*i64", "M": "i32"} | drop
+        signature |= {"M": "i32"} | drop
         return gemm_file.gemm_kernel, tile, signature, constants | {"PRECISION": precision, "LR": layout.columns}
 
     def blocks(rows, columns):
@@ -147,7 +147,7 @@ def build_arguments(case: Case):
     store = gemm_file.stored_columns(tile, case.dropout)
     signature = {"d_x": blocks(tile.bm, tile.bk), "d_w": across(tile.bn, tile.bk), "d_s": blocks(tile.bm, low)}
     signature |= {"d_b": across(store if case.dropout else tile.bn, low), "p_bias": element, "d_y": blocks(tile.bm, store)}
-    signature |= {"p_token": "*i64", "M": "i32"} | drop
+    signature |= {"M": "i32"} | drop
     constants |= dict(HALVES=tile.halves, FLATTEN=tile.flatten)
     return gemm_file.gemm_tma_kernel, tile, signature, constants
 

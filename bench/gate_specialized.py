@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from bench.gate_flat import DRAWS
 from fastlora.kernels import (
     attention_specialized,
     attention_specialized_keys,
@@ -53,7 +54,7 @@ def build_arguments(case, element: str, layout):
     if case.operation in GLU:
         return _glu(case, block, layout)
     if case.operation in DROPOUT:
-        return _dropout(case, block, layout)
+        return _dropout(case, element, block, layout)
     transposed = case.transposed and case.operation not in SUMS
     n, k = (case.outer, case.inner) if transposed else (case.inner, case.outer)
     tile = GEMM.get(case.operation, tables.GEMM_SPECIALIZED[-1])
@@ -88,7 +89,7 @@ def _sums(case, block, layout, low, n, tile, signature, constants):
     return gemm_sums.gemm_sums_kernel, tile, *({k: v for k, v in some.items() if k in names} for some in (signature, constants))
 
 
-def _dropout(case, block, layout):
+def _dropout(case, element: str, block, layout):
     """dX of ``outer`` features to ``inner``, whichever direction the case says: there is no other."""
     tile = tables.GEMM_SPECIALIZED[-1]
     places, depth = gemm_dropout.places_of(layout.count, layout.padded, tile)
@@ -96,8 +97,8 @@ def _dropout(case, block, layout):
     signature |= {"p_bits": "*i32", "M": "i32", "keep_scale": "fp32", "count": "i32"}
     beside = DROPOUT[case.operation]
     low = project_beside.low_of(layout, case.outer, case.dtype, case.arch, transposed=False, whole=True)
-    element = signature["p_low"] = f"*{'bf16' if case.dtype == torch.bfloat16 else 'fp16'}"
-    signature |= {"d_f": block(tile.bk, low.columns) if beside else element, "p_scale": "*fp32", "p_ready": "*i32", "helpers": "i32"}
+    factor = block(*gemm_beside.factor_block(low, tile, transposed=False)) if beside else element
+    signature |= {"d_f": factor, "p_low": element, "p_scale": "*fp32", "p_ready": "*i32", "helpers": "i32"}
     constants = dict(
         N=case.inner, K=case.outer, PLACES=places, DEPTH=depth, BESIDE=beside, LR=layout.columns, **low.constants(),
         BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group,
@@ -108,8 +109,8 @@ def _dropout(case, block, layout):
 def _s_dropped(case, element: str, block, layout):
     made = project_dropout.constants_of(case.inner, layout, case.dtype)
     edge = masked.BLOCK
-    signature = {"d_x": block(edge, edge), "d_a": block(layout.padded, edge), "p_s": element, "p_scale": "*fp32", "p_token": "*i64"}
-    signature |= {"M": "i32", "keep_scale": "fp32"} | dict.fromkeys(("seed0", "seed1", "seed2", "threshold"), "i64")
+    signature = {"d_x": block(edge, edge), "d_a": block(layout.padded, edge), "p_s": element, "p_scale": "*fp32"}
+    signature |= {"M": "i32", "keep_scale": "fp32"} | DRAWS
     return project_dropout.project_dropout_kernel, project_dropout.tile_of(made["STAGES"]), signature, made
 
 

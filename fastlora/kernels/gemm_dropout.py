@@ -8,8 +8,9 @@ four quarters are done. The masks are read as bits (gemm_mask.py). In Gluon (see
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
-from fastlora.kernels import hopper, launch, project_beside
+from fastlora.kernels import gemm_beside, hopper, launch, project_beside
 from fastlora.kernels.gemm_specialized import WIDEST, blocks_of
 from fastlora.kernels.hopper import (
     MISSING,
@@ -190,9 +191,16 @@ def places_of(count: int, padded: int, tile) -> tuple[int, int] | None:
     return (places, depth) if count * places <= tile.stages else None
 
 
+class Plan(NamedTuple):
+    """What a product's shape decides: the launch, and how many of its programs make dS."""
+
+    launch: launch.Launch
+    helpers: int
+
+
 @functools.lru_cache(maxsize=1024)  # rows differ from step to step
-def plan(rows, inner, outer, layout, beside, dtype, device) -> tuple[launch.Launch, int] | None:
-    """(launch, programs of dS), or None where another kernel has to; ``beside``: dS is to be made in the launch too."""
+def plan(rows, inner, outer, layout, beside, dtype, device) -> Plan | None:
+    """None: another kernel has to. ``beside``: dS is to be made in the launch too."""
     arch = launch.arch_at(device)
     if not (hopper.serves(arch) and launch.can_use_tma(arch, dtype, inner, outer)):
         return None
@@ -206,14 +214,15 @@ def plan(rows, inner, outer, layout, beside, dtype, device) -> tuple[launch.Laun
         if not helpers:
             return None
     wide = {"d_x": inner, "d_w": outer, "d_s": layout.columns, "d_b": outer, "d_f": layout.columns, "d_y": outer}
-    blocks = blocks_of(tile, transposed=False) | {"d_f": (tile.bk, low.columns)}
-    made = tuple(None if name == "d_f" and not beside else launch.describer(dtype, wide[name], *blocks[name], describe) for name in OPERANDS)
+    blocks = blocks_of(tile, transposed=False) | {"d_f": gemm_beside.factor_block(low, tile, transposed=False)}
+    described = tuple(None if name == "d_f" and not beside else launch.describer(dtype, wide[name], *blocks[name], describe) for name in OPERANDS)
     tiles = launch.cdiv(rows, tile.bm) * launch.cdiv(outer, tile.bn)
-    return launch.Launch(
-        gemm_dropout_kernel, (launch.even_programs(tiles, device) + helpers,), tile, made,
+    made = launch.Launch(
+        gemm_dropout_kernel, (launch.even_programs(tiles, device) + helpers,), tile, described,
         N=outer, K=inner, PLACES=places[0], DEPTH=places[1], BESIDE=beside, LR=layout.columns, **low.constants(),
         BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group,
-    ), helpers  # fmt: skip
+    )  # fmt: skip
+    return Plan(made, helpers)
 
 
 def run(dy, weight, ds, a, out, dropout: launch.Dropout, layout) -> bool:
@@ -240,5 +249,5 @@ def run_with_low(dy, weight, b, a, dropout: launch.Dropout, layout):
 def _launch(made, dy, weight, ds, a, b, out, low, scales, ready, dropout: launch.Dropout) -> bool:
     bits = masks(dropout, out.shape[1])
     return attempt(
-        NAME, made[0], dy, weight, ds, a, b, out, low, scales, ready, bits, dy.shape[0], dropout.keep_scale, len(dropout.seeds), made[1]
-    )
+        NAME, made.launch, dy, weight, ds, a, b, out, low, scales, ready, bits, dy.shape[0], dropout.keep_scale, len(dropout.seeds), made.helpers,
+    )  # fmt: skip

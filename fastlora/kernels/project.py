@@ -79,10 +79,10 @@ def project(x, weight, layout, dropout=None, *, transposed=False):
     out = launch.empty(x, rows, layout.columns)
     if rows == 0:
         return out
-    made, scales = _plan(rows, features, layout, transposed, dropout is not None, x.dtype, x.device)
     drop = launch.dropout_arguments(dropout, x)
-    if dropout is not None and not transposed and project_dropout.run(x, weight, layout, out, scales, drop):
+    if dropout is not None and not transposed and project_dropout.run(x, weight, layout, out, drop):
         return out
+    made, scales = _plan(rows, features, layout, transposed, dropout is not None, x.dtype, x.device)
     made(x, weight, out, scales, drop.tokens, rows, *drop.seeds, drop.threshold, drop.keep_scale)
     return out
 

@@ -166,9 +166,9 @@ def plan(rows, features, layout, dtype, device) -> launch.Launch | None:
     return launch.Launch(project_dropout_kernel, (launch.cdiv(rows, BLOCK),), tile_of(constants["STAGES"]), described, **constants)
 
 
-def run(x, a, layout, out, scales, drop) -> bool:
+def run(x, a, layout, out, drop) -> bool:
     """out [M, columns] = scale * D(x) a^T as of :func:`fastlora.kernels.project.project`; False: another kernel has to."""
     made = plan(*x.shape, layout, x.dtype, x.device) if hopper.compiles(NAME) else None
     return made is not None and attempt(
-        NAME, made, x, a, out, scales, drop.tokens, x.shape[0], *drop.seeds, drop.threshold, drop.keep_scale
+        NAME, made, x, a, out, layout.scale_of_columns(x.device), drop.tokens, x.shape[0], *drop.seeds, drop.threshold, drop.keep_scale
     )

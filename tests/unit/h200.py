@@ -28,3 +28,21 @@ def stand_in(monkeypatch, *plans: Callable) -> Iterator[None]:
 def columns(rank: int, *widths: int) -> Columns:
     """Projections of these output features side by side, all of one rank."""
     return Columns((rank,) * len(widths), tuple(sum(widths[:i]) for i in range(len(widths))), widths, (2.0,) * len(widths))
+
+
+def dropout(rows: int, count: int) -> launch.Dropout:
+    """Of ``count`` projections."""
+    return launch.Dropout(6554, 1.1, tuple(range(5, 5 + count)), torch.zeros(rows, dtype=torch.int64))
+
+
+def launches_without(monkeypatch, broken) -> list:
+    """From now on nothing runs: the kernels launched, in order, of which ``broken`` does not compile."""
+    kernels = []
+
+    def launched(self, *arguments):
+        kernels.append(self.kernel)
+        if self.kernel is broken:
+            raise RuntimeError("PassManager::run failed")
+
+    monkeypatch.setattr(launch.Launch, "__call__", launched)
+    return kernels

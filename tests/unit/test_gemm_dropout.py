@@ -8,15 +8,13 @@ import torch
 pytest.importorskip("triton")
 
 from fastlora.kernels import gemm_dropout, hopper, launch, masks, tables
-from fastlora.kernels.columns import Columns
-from fastlora.kernels.gemm import gemm
-from tests.unit.h200 import stand_in
+from fastlora.kernels.gemm import gemm, gemm_tma_kernel
+from tests.unit.h200 import CPU, QKV, columns, dropout, launches_without, stand_in
 
 if hopper.MISSING is not None:
     pytest.skip(f"this Triton has no Gluon: {hopper.MISSING}", allow_module_level=True)
 
 HALF = torch.bfloat16
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -39,15 +37,15 @@ def test_rank_columns_of_each_projection_begin_a_place_of_the_ring(count, padded
     ],
 )  # fmt: skip
 def test_which_products_it_serves(rows, inner, outer, padded, count, served):
-    layout = Columns((padded,) * count, tuple(range(0, inner, inner // count))[:count], (inner // count,) * count, (1.0,) * count)
+    layout = columns(padded, *[inner // count] * count)
     made = gemm_dropout.plan(rows, inner, outer, layout, False, HALF, CPU)
     assert (made is not None) is served
     if served:
-        assert made[0].grid[0] == launch.even_programs(64 * 16, CPU) == 128 and made[1] == 0
+        assert made.launch.grid[0] == launch.even_programs(64 * 16, CPU) == 128 and made.helpers == 0
 
 
 def test_ds_is_made_in_its_launch_as_one_sum_at_every_rank():
-    layout = Columns((16, 16, 16), (0, 4096, 5120), (4096, 1024, 1024), (1.0,) * 3)
+    layout = columns(16, *QKV)
     made, helpers = gemm_dropout.plan(8192, 6144, 4096, layout, True, HALF, CPU)
     assert helpers == 4 and made.grid[0] == 132 and made.constants["BESIDE"] and made.constants["SUM"] == 4096
     assert tuple(name for name in made.kernel.arg_names[:6]) == gemm_dropout.OPERANDS and len(made.describe) == 6
@@ -55,15 +53,11 @@ def test_ds_is_made_in_its_launch_as_one_sum_at_every_rank():
     assert gemm_dropout.plan(8448, 6144, 4096, layout, True, HALF, CPU) is None
 
 
-def dropout(rows: int, count: int) -> launch.Dropout:
-    return launch.Dropout(6554, 1.1, tuple(range(5, 5 + count)), torch.zeros(rows, dtype=torch.int64))
-
-
 @pytest.mark.parametrize("transposed", [True, False])
 def test_the_backward_takes_it_and_the_forward_does_not(monkeypatch, transposed):
     seen = []
     monkeypatch.setattr(launch.Launch, "__call__", lambda self, *arguments: seen.append((self, arguments)))
-    layout = Columns((16, 16), (0, 1024), (1024, 1024), (1.0, 1.0))
+    layout = columns(16, 1024, 1024)
     dy, s = torch.zeros(4096, 2048, dtype=HALF), torch.zeros(4096, layout.columns, dtype=HALF)
     weight, a = torch.zeros(2048, 2048, dtype=HALF), torch.zeros(layout.columns, 2048, dtype=HALF)
     gemm(dy, weight, s, a.t().contiguous() if transposed else a, transposed=transposed, dropout=dropout(4096, 2), layout=layout)
@@ -81,19 +75,11 @@ def test_the_backward_takes_it_and_the_forward_does_not(monkeypatch, transposed)
 
 
 def test_a_kernel_that_does_not_compile_leaves_the_product_to_the_portable_one(monkeypatch):
-    kernels = []
-
-    def launched(self, *arguments):
-        kernels.append(self.kernel)
-        if self.kernel is gemm_dropout.gemm_dropout_kernel:
-            raise RuntimeError("PassManager::run failed")
-
-    monkeypatch.setattr(launch.Launch, "__call__", launched)
-    layout = Columns((16,), (0,), (2048,), (1.0,))
+    kernels = launches_without(monkeypatch, gemm_dropout.gemm_dropout_kernel)
+    layout = columns(16, 2048)
     dy, ds = torch.zeros(4096, 2048, dtype=HALF), torch.zeros(4096, 16, dtype=HALF)
     weight, a = torch.zeros(2048, 2048, dtype=HALF), torch.zeros(16, 2048, dtype=HALF)
     with pytest.warns(UserWarning, match="GEMM with dropout does not compile"):
         gemm(dy, weight, ds, a, transposed=False, dropout=dropout(4096, 1), layout=layout)
     gemm(dy, weight, ds, a, transposed=False, dropout=dropout(4096, 1), layout=layout)
-    assert kernels[:2] == [masks.mask_kernel, gemm_dropout.gemm_dropout_kernel]
-    assert kernels[2] is kernels[3] and len(kernels) == 4
+    assert kernels == [masks.mask_kernel, gemm_dropout.gemm_dropout_kernel, gemm_tma_kernel, gemm_tma_kernel]

@@ -8,8 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from fastlora.kernels import hopper, launch, masked, project, project_dropout
-from fastlora.kernels.columns import Columns
-from tests.unit.h200 import CPU, stand_in
+from tests.unit.h200 import CPU, columns, dropout, launches_without, stand_in
 
 if hopper.MISSING is not None:
     pytest.skip(f"this Triton has no Gluon: {hopper.MISSING}", allow_module_level=True)
@@ -22,16 +21,12 @@ def h200(monkeypatch):
     yield from stand_in(monkeypatch, project_dropout.plan)
 
 
-def layout_of(count: int, rank: int) -> Columns:
-    return Columns((rank,) * count, tuple(1024 * i for i in range(count)), (1024,) * count, (1.0,) * count)
-
-
 @pytest.mark.parametrize(
     "features, count, rank, served",
     [(4096, 3, 16, True), (4096, 3, 64, True), (4096, 1, 128, True), (4096, 2, 128, False), (4100, 1, 16, False), (64, 1, 16, False)],
 )
 def test_which_it_serves(features, count, rank, served):
-    made = project_dropout.plan(1000, features, layout_of(count, rank), HALF, CPU)
+    made = project_dropout.plan(1000, features, columns(rank, *[1024] * count), HALF, CPU)
     assert (made is not None) is served
     if served:
         assert made.grid[0] == 16
@@ -43,7 +38,7 @@ def test_which_it_serves(features, count, rank, served):
 @pytest.mark.parametrize("count, rank", [(1, 16), (2, 16), (3, 16), (1, 64), (2, 64), (3, 64), (1, 128)])
 def test_a_warpgroup_that_masks_waits_for_every_turn_of_a_place_or_for_none(count, rank):
     # its barrier tells a turn from the one before alone: who left one out would take an older block for the one it waits for
-    stages, blocks = project_dropout.constants_of(4096, layout_of(count, rank), HALF)["STAGES"], 64
+    stages, blocks = project_dropout.constants_of(4096, columns(rank, *[1024] * count), HALF)["STAGES"], 64
     for which in range(masked.WAYS):
         visited = {task // count for task in range(which, blocks * count, masked.WAYS)}
         for place in range(stages):
@@ -56,9 +51,9 @@ def test_a_warpgroup_that_masks_waits_for_every_turn_of_a_place_or_for_none(coun
 def test_it_is_for_dropout_alone(monkeypatch):
     kernels = []
     monkeypatch.setattr(launch.Launch, "__call__", lambda self, *arguments: kernels.append((self.kernel, arguments)))
-    layout = layout_of(2, 16)
+    layout = columns(16, 1024, 1024)
     x, a = torch.zeros(100, 4096, dtype=HALF), torch.zeros(layout.columns, 4096, dtype=HALF)
-    drop = launch.Dropout(6554, 1.1, (5, 6), torch.zeros(100, dtype=torch.int64))
+    drop = dropout(100, 2)
     project.project(x, a, layout, drop)
     project.project(x, a, layout)
     project.project(torch.zeros(100, 2048, dtype=HALF), torch.zeros(2048, layout.columns, dtype=HALF), layout, transposed=True)
@@ -68,17 +63,10 @@ def test_it_is_for_dropout_alone(monkeypatch):
 
 
 def test_a_kernel_that_does_not_compile_leaves_s_to_the_portable_one(monkeypatch):
-    kernels = []
-
-    def launched(self, *arguments):
-        kernels.append(self.kernel)
-        if self.kernel is project_dropout.project_dropout_kernel:
-            raise RuntimeError("PassManager::run failed")
-
-    monkeypatch.setattr(launch.Launch, "__call__", launched)
-    layout = layout_of(1, 16)
+    kernels = launches_without(monkeypatch, project_dropout.project_dropout_kernel)
+    layout = columns(16, 1024)
     x, a = torch.zeros(100, 4096, dtype=HALF), torch.zeros(16, 4096, dtype=HALF)
-    drop = launch.Dropout(6554, 1.1, (5,), torch.zeros(100, dtype=torch.int64))
+    drop = dropout(100, 1)
     with pytest.warns(UserWarning, match="S with dropout does not compile"):
         project.project(x, a, layout, drop)
     project.project(x, a, layout, drop)
