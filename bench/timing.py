@@ -1,9 +1,9 @@
 """Interleaved timing in one process: every time that this suite reports is taken here.
 
-Calls take turns, and the turns rotate, so that no call is always measured after the same other one. A sample repeats its call until
-it holds at least 20 ms of work (CUDA events on a GPU, ``perf_counter`` elsewhere); medians come with quantiles; the baseline runs a
-second time under another name (the A/A control), whose ratio to itself says what the machine's noise is. Beside every time stands
-the most memory that one call needed, by torch's counters (there are none on a CPU).
+Calls take turns, each turn in an order of its own, so that no call is always measured after the same other one, whose power draw decides
+the clock that it starts with. A sample repeats its call until it holds at least 20 ms of work (CUDA events on a GPU, ``perf_counter``
+elsewhere); medians come with quantiles; the baseline runs a second time under another name (the A/A control), whose ratio to itself says
+what the machine's noise is. Beside every time stands the most memory that one call needed, by torch's counters (there are none on a CPU).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 WORK_MS = 20.0
-SAMPLES = {"cuda": 15, "cpu": 5}
+SAMPLES = {"cuda": 21, "cpu": 5}
 AGAIN = " again"
 # Quantiles that a median is reported with, and those between which the control's ratio has to hold 1.
 LOW, HIGH = 0.2, 0.8
@@ -168,7 +169,7 @@ def interleaved(
         calls: what to time, by name; each leaves things as it found them.
         device: where they run: decides the clock.
         base: the baseline, which is timed a second time as "<base> again"; None: no control.
-        samples: of each call; None: 15 on a GPU, 5 on a CPU.
+        samples: of each call; None: 21 on a GPU, 5 on a CPU.
         work_ms: least milliseconds a sample.
         warm_up: calls of each before anything is timed, at least 1; memory is taken at the last of them.
 
@@ -193,10 +194,9 @@ def interleaved(
         again = base + AGAIN
         todo[again], repeats[again], peaks[again] = calls[base], repeats[base], peaks[base]
     taken: dict[str, list[float]] = {name: [] for name in todo}
-    names = list(todo)
-    for turn in range(samples):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+    orders = random.Random(0)  # the same ones in every run
+    for _ in range(samples):
+        for name in orders.sample(list(todo), len(todo)):
             taken[name].append(sample(todo[name], repeats[name]))
     return {name: Timing(tuple(values), repeats[name], peaks[name]) for name, values in taken.items()}
 

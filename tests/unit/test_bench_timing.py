@@ -31,11 +31,16 @@ def test_interleaved_finds_a_ratio():
     assert 2 < timing.ratio(taken["long"], taken["short"]).median < 4
 
 
-def test_interleaved_takes_turns_that_rotate():
+def test_interleaved_takes_each_once_a_turn_and_each_after_every_other():
     seen = []
     calls = {name: (lambda name=name: seen.append(name) or time.sleep(0.001)) for name in "abc"}
-    timing.interleaved(calls, "cpu", samples=3, work_ms=0.5, warm_up=1)
-    assert "".join(seen[-9:]) == "abcbcacab"
+    timing.interleaved(calls, "cpu", samples=15, work_ms=0.5, warm_up=1)
+    order = "".join(seen[-45:])
+    timing.interleaved(calls, "cpu", samples=15, work_ms=0.5, warm_up=1)
+    assert "".join(seen[-45:]) == order, "the same in every run"
+    assert all(sorted(order[at : at + 3]) == ["a", "b", "c"] for at in range(0, 45, 3))
+    for pair in ("ab", "ac", "ba", "bc", "ca", "cb"):
+        assert order.count(pair) >= 4, pair
 
 
 def test_interleaved_samples_hold_the_work_asked_for():
