@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -63,6 +64,19 @@ def test_kernel_fits_and_does_not_spill(case):
             assert report.tma > 0, "no bulk tensor copy"
     if case.operation in gate_specialized.ATTENTION:
         assert report.wgmma > 0 and report.tma > 0, "no warp-group matrix instruction, or no bulk tensor copy"
+
+
+def test_a_planted_spill_fails_the_gate(monkeypatch):
+    case = Case("project", "sm_90", rank=64)
+    plain, (_, report) = tables.project_tile, compile_case(case)
+    monkeypatch.setattr(tables, "project_tile", lambda *a, **k: plain(*a, **k)._replace(warps=1))
+    with pytest.raises(AssertionError, match=r"[1-9]\d* bytes of registers spilled"):
+        test_kernel_fits_and_does_not_spill(case)
+    # were so many allowed, it would still not be the table's figure
+    monkeypatch.setattr("bench.compile_gate.SPILLS_ALLOWED", {("project", "sm_90", case.outer): 2**20})
+    monkeypatch.setattr(gate_table, "load", lambda version: {case.name: dataclasses.asdict(report)})
+    with pytest.raises(AssertionError, match=r"spills 0 -> [1-9]\d*.*gate --update accepts it"):
+        test_kernel_fits_and_does_not_spill(case)
 
 
 @pytest.mark.parametrize("operation", ["da", "db_ds", "project"])
