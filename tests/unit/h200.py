@@ -1,13 +1,20 @@
-"""An H200 for the plans of launches, on a machine without one, and layouts of rank columns to plan for."""
+"""An H200 for the plans of launches, on a machine without one, and layouts of rank columns to plan for.
+
+A module of tests that imports this is skipped where Triton has no Gluon: the kernels planned here are written in it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import pytest
 import torch
 
 from fastlora.kernels import hopper, launch
 from fastlora.kernels.columns import Columns
+
+if hopper.MISSING is not None:
+    pytest.skip(f"this Triton has no Gluon: {hopper.MISSING}", allow_module_level=True)
 
 CPU = torch.device("cpu")
 QKV = (4096, 1024, 1024)

@@ -9,11 +9,7 @@ pytest.importorskip("triton")
 from triton.compiler.errors import CompilationError
 
 from fastlora.kernels import gemm_glu, hopper, launch
-from fastlora.kernels.columns import Columns
-from tests.unit.h200 import stand_in
-
-if hopper.MISSING is not None:
-    pytest.skip(f"this Triton has no Gluon: {hopper.MISSING}", allow_module_level=True)
+from tests.unit.h200 import CPU, columns, stand_in
 
 HALF = torch.bfloat16
 
@@ -23,14 +19,10 @@ def on_hopper(monkeypatch):
     yield from stand_in(monkeypatch, gemm_glu.plan)
 
 
-def columns(rank, features, count=2):
-    return Columns((rank,) * count, tuple(i * features for i in range(count)), (features,) * count, (1.0,) * count)
-
-
 def planned(rows=8192, inner=4096, features=14336, rank=16, count=2, *, forward=True, dropout=False, dtype=HALF, activation="silu"):
-    layout = columns(rank, features, count) if rank else None
+    layout = columns(rank, *[features] * count) if rank else None
     stored = layout.columns if rank else 0
-    return gemm_glu.plan(rows, inner, features, stored, layout, activation, forward, dropout, dtype, torch.device("cpu"))
+    return gemm_glu.plan(rows, inner, features, stored, layout, activation, forward, dropout, dtype, CPU)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +49,7 @@ def test_other_architectures_have_none(monkeypatch):
 
 @pytest.mark.parametrize("forward", [True, False])
 def test_a_kernel_is_given_its_blocks_and_constants(monkeypatch, forward):
-    rows, inner, features, layout = 4096, 256, 2048, columns(16, 2048)
+    rows, inner, features, layout = 4096, 256, 2048, columns(16, 2048, 2048)
     x, s = torch.zeros(rows, inner, dtype=HALF), torch.zeros(rows, layout.columns, dtype=HALF)
     w = torch.zeros(2 * features, inner, dtype=HALF) if forward else torch.zeros(inner, features, dtype=HALF)
     b = torch.zeros(2 * features, layout.columns, dtype=HALF) if forward else torch.zeros(layout.columns, features, dtype=HALF)

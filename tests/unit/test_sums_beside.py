@@ -7,16 +7,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastlora.kernels import gemm_beside, gemm_sums, hopper, project_beside, sums_beside
+from fastlora.kernels import gemm_beside, gemm_sums, project_beside, sums_beside
 from fastlora.kernels.chunks import chunks_of
 from fastlora.kernels.columns import Columns
 from fastlora.kernels.sums_beside import Pieces, Sums
 from fastlora.kernels.token_sum import MOST_WALK, Sink
 from fastlora.token_sum import TokenSum
 from tests.unit.h200 import CPU, QKV, columns, stand_in
-
-if hopper.MISSING is not None:
-    pytest.skip(f"this Triton has no Gluon: {hopper.MISSING}", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True)
