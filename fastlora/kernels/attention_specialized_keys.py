@@ -8,7 +8,7 @@ so its sums have the order that they would have alone.
 from __future__ import annotations
 
 from fastlora.kernels import launch
-from fastlora.kernels.attention_specialized import LOG2E, NAME, bring, describe_heads
+from fastlora.kernels.attention_specialized import NAME, describe_heads
 from fastlora.kernels.hopper import (
     MISSING,
     attempt,
@@ -22,6 +22,7 @@ from fastlora.kernels.hopper import (
 from fastlora.kernels.tables import attention_specialized_tile
 
 if MISSING is None:
+    from fastlora.kernels.attention_specialized import LOG2E, bring
     from fastlora.kernels.ring import ring
 
     @gluon.jit
